@@ -1,0 +1,85 @@
+"""Logging for every command: axolotl's records at INFO, anybody else's at WARNING, on standard error."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import os
+import sys
+
+_COLORS = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+
+
+class AxolotlOrWarnErrorFilter(logging.Filter):
+    """Lets through WARNING and above (LOG_LEVEL overrides), and axolotl's own records from INFO (AXOLOTL_LOG_LEVEL)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.other_level = _level("LOG_LEVEL", logging.WARNING)
+        self.axolotl_level = _level("AXOLOTL_LOG_LEVEL", logging.INFO)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = record.name == "axolotl" or record.name.startswith("axolotl.")
+        return record.levelno >= (self.axolotl_level if ours else self.other_level)
+
+
+class AxolotlLogger(logging.Logger):
+    """A logger that filters what does not come from axolotl."""
+
+    def __init__(self, name: str, level: int = logging.NOTSET):
+        super().__init__(name, level)
+        if not name.startswith("axolotl"):
+            self.addFilter(AxolotlOrWarnErrorFilter())
+
+
+class ColorfulFormatter(logging.Formatter):
+    """Colours the level on a terminal; names the rank when there are several processes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        record.rank = rank
+        record.rank_fmt = f" [RANK:{rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        text = super().format(record)
+        if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            return f"\033[{_COLORS.get(record.levelname, '0')}m{text}\033[0m"
+        return text
+
+
+def _level(variable: str, default: int) -> int:
+    value = logging.getLevelName(os.environ.get(variable, "").upper())
+    return value if isinstance(value, int) else default
+
+
+DEFAULT_LOGGING_CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "colorful": {
+            "()": ColorfulFormatter,
+            "format": "[%(asctime)s] [%(levelname)s] [%(name)s]%(rank_fmt)s %(message)s",
+            "datefmt": "%Y-%m-%d %H:%M:%S",
+        },
+    },
+    "filters": {"ax_or_warn": {"()": AxolotlOrWarnErrorFilter}},
+    "handlers": {
+        "console": {
+            "class": "logging.StreamHandler",
+            "formatter": "colorful",
+            "filters": ["ax_or_warn"],
+            "stream": "ext://sys.stderr",
+        },
+    },
+    "loggers": {
+        "axolotl": {
+            "handlers": ["console"],
+            "level": os.environ.get("AXOLOTL_LOG_LEVEL", "INFO").upper(),
+            "propagate": False,
+        },
+    },
+    "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING").upper()},
+}
+
+
+def configure_logging() -> None:
+    """Configure with default logging. Safe to call more than once."""
+    logging.config.dictConfig(DEFAULT_LOGGING_CONFIG)
