@@ -1,0 +1,206 @@
+"""Train a Llama on GSM8K through the command line, full and LoRA, then merge and evaluate; record speed, memory and loss.
+
+    python benchmarks/gsm8k_llama.py --data gsm8k/train.jsonl --tokenizer phi-3-mini --shape 1b --steps 200
+
+The weights are random: what is shown is that losses fall, that merging and evaluating work, and how fast it runs. Writes
+`benchmarks/results/<device>-gsm8k-<shape>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from transformers import AutoTokenizer, LlamaConfig
+
+HERE = Path(__file__).resolve().parent
+
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}  # fmt: skip
+RUNS = {
+    "full": {"learning_rate": 3e-4},
+    "lora": {"learning_rate": 1e-3, "adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
+}
+
+
+def make_base(folder: Path, tokenizer_path: str, shape: str) -> LlamaConfig:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **SHAPES[shape],
+    )
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config
+
+
+def make_config(folder: Path, name: str, args: argparse.Namespace) -> Path:
+    config = {
+        "base_model": str(folder / "base"),
+        "reinit_weights": True,
+        "datasets": [
+            {
+                "path": str(args.data),
+                "type": {
+                    "field_instruction": "question",
+                    "field_output": "answer",
+                    "format": "Question: {instruction}\nAnswer: ",
+                    "no_input_format": "Question: {instruction}\nAnswer: ",
+                },
+            }
+        ],
+        "val_set_size": 0.02,
+        "dataset_prepared_path": str(folder / "prepared"),
+        "sequence_len": args.sequence_len,
+        "sample_packing": True,
+        "flash_attention": True,
+        "bf16": "auto",
+        "micro_batch_size": args.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "max_steps": args.steps,
+        "num_epochs": 100,
+        "optimizer": "adamw_torch_fused",
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.05,
+        "logging_steps": 5,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "seed": 42,
+        "output_dir": str(folder / name),
+        **RUNS[name],
+    }
+    path = folder / f"{name}.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def axolotl(*arguments: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "axolotl.cli.main", *arguments], check=True)
+    return time.perf_counter() - started
+
+
+def matmul_tflops(size: int = 8192, repeats: int = 20) -> float | None:
+    """Rate of a bf16 matrix product of random data, in TFLOP/s; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * size**3 / statistics.median(times[3:]) / 1e12
+
+
+def flop_per_token(config: LlamaConfig, lora: bool) -> float:
+    """6N (full) or 4N (LoRA) for the matmul parameters N including the head, without attention."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    n = config.num_hidden_layers * (attention + mlp) + config.hidden_size * config.vocab_size
+    return (4 if lora else 6) * n
+
+
+def history(output_dir: Path) -> list[dict]:
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespace, matmul: float | None) -> dict:
+    config = str(make_config(folder, name, args))
+    seconds = {"train": axolotl("train", config)}
+    if name == "lora":
+        seconds["merge"] = axolotl("merge-lora", config)
+    seconds["evaluate"] = axolotl("evaluate", config)
+    logged = history(folder / name)
+    with (folder / name / "eval_summary.csv").open() as handle:
+        summary = {row["metric"]: row["validation"] for row in csv.DictReader(handle)}
+    rates = [entry["tokens/train_per_sec_per_gpu"] for entry in logged[2:] if "tokens/train_per_sec_per_gpu" in entry]
+    result = {
+        "steps": args.steps,
+        "loss_first": logged[0]["loss"],
+        "loss_last": logged[-1]["loss"],
+        "losses": [entry["loss"] for entry in logged],
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "peak_gib": max((entry.get("memory/max_allocated (GiB)", 0) for entry in logged), default=None),
+        "evaluation": summary,
+        "wall_seconds": seconds,
+    }
+    if rates and matmul:
+        tflops = result["tokens_per_second"] * flop_per_token(model, name == "lora") / 1e12
+        result |= {"tflops": tflops, "share_of_989": tflops / 989, "share_of_matmul": tflops / matmul}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sequence-len", type=int, default=4096)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("outputs/gsm8k"))
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    args = parser.parse_args()
+
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    model = make_base(args.work / "base", args.tokenizer, args.shape)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}"
+    matmul = matmul_tflops()
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": "python " + " ".join(["benchmarks/gsm8k_llama.py", *sys.argv[1:]]),
+        "shape": args.shape,
+        "matmul_tflops": matmul,
+        "runs": {name: measure(args.work, name, model, args, matmul) for name in args.runs},
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{device.lower().replace(' ', '-')}-gsm8k-{args.shape}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(
+        json.dumps(
+            {
+                **record,
+                "runs": {name: {k: v for k, v in run.items() if k != "losses"} for name, run in record["runs"].items()},
+            },
+            indent=1,
+        )
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What every schema module builds on: the base model, and the types that accept values as YAML 1.1 parses them.
+
+YAML reads `2e-4` as text, `no` as false and `12345` as a number. A key that wants a number takes the first, one that
+wants a word takes the others; a boolean is never taken for a number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+class Words(BaseModel):
+    """A group of keys. Enum values are kept as plain text, so that a config stays plain data."""
+
+    model_config = ConfigDict(use_enum_values=True, populate_by_name=True, protected_namespaces=())
+
+
+def key(description: str, default: Any = None, **constraints: Any) -> Any:
+    """A key that may be left out."""
+    return Field(default, description=description, **constraints)
+
+
+def required(description: str, **constraints: Any) -> Any:
+    """A key that must be written."""
+    return Field(..., description=description, **constraints)
+
+
+def refuse_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "a number")
+    return value.strip() if isinstance(value, str) else value
+
+
+def number_as_text(value: Any) -> Any:
+    """A whole number stands for its digits. A float does not: `1e10` and `1.10` have lost how they were written."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        raise PydanticCustomError("unquoted_number", "text; put the number in quotes")
+    return value
+
+
+def lower_case(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def upper_case(value: Any) -> Any:
+    return value.strip().upper() if isinstance(value, str) else value
+
+
+def no_as_text(value: Any) -> Any:
+    """YAML 1.1 reads the bare word `no` as false."""
+    return "no" if value is False else lower_case(value)
+
+
+Int = Annotated[int, BeforeValidator(refuse_boolean)]
+Float = Annotated[float, BeforeValidator(refuse_boolean), AllowInfNan(False)]
+Text = Annotated[str, BeforeValidator(number_as_text)]
+IGNORE_CASE = BeforeValidator(lower_case)
+UPPER_CASE = BeforeValidator(upper_case)
+NO_IS_TEXT = BeforeValidator(no_as_text)
