@@ -99,7 +99,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_tiny_model(path: str | Path, architecture: str = "llama", *, vocab_size: int = 384, seed: int = 0, **config: Any):
+def make_tiny_model(
+    path: str | Path, architecture: str = "llama", *, vocab_size: int = 384, seed: int = 0, **config: Any
+):
     """Save a causal language model with seeded random weights to `path` and return it (fp32, CPU, eval mode).
 
     Args:
@@ -130,7 +132,9 @@ def make_tiny_llama(path: str | Path, vocab_size: int = 384, *, seed: int = 0, *
     return make_tiny_model(path, "llama", vocab_size=vocab_size, seed=seed, **config)
 
 
-def make_tiny_base(path: str | Path, architecture: str = "llama", *, chat_template: str | None = CHATML, **config: Any) -> Path:
+def make_tiny_base(
+    path: str | Path, architecture: str = "llama", *, chat_template: str | None = CHATML, **config: Any
+) -> Path:
     """A folder with both a tokenizer and a model that fits it, as `base_model` of a config. Returns the folder."""
     tokenizer = make_tiny_tokenizer(path, chat_template=chat_template)
     make_tiny_model(path, architecture, vocab_size=len(tokenizer), **config)

@@ -103,12 +103,12 @@ class TorchAOQuantDType(StrEnum):
 
 # Names that transformers' Trainer takes for `optim`.
 TRANSFORMERS_OPTIMIZERS = frozenset(
-    """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_4bit adamw_torch_8bit adamw_apex_fused
+    """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_4bit adamw_torch_8bit
     adafactor adamw_anyprecision sgd adagrad rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit adamw_bnb_8bit adamw_8bit
-    ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit lion lion_8bit lion_32bit paged_adamw paged_adamw_32bit
-    paged_adamw_8bit paged_lion paged_lion_32bit paged_lion_8bit galore_adamw galore_adamw_8bit galore_adafactor
+    ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit lion_8bit lion_32bit paged_adamw_32bit
+    paged_adamw_8bit paged_lion_32bit paged_lion_8bit galore_adamw galore_adamw_8bit galore_adafactor
     galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw schedule_free_radam
-    schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw""".split()
+    schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw""".split()  # noqa: SIM905
 )
 
 OPTIMIZERS = TRANSFORMERS_OPTIMIZERS | frozenset(CustomSupportedOptimizers)
@@ -116,7 +116,7 @@ OPTIMIZERS = TRANSFORMERS_OPTIMIZERS | frozenset(CustomSupportedOptimizers)
 # Names that transformers' Trainer takes for `lr_scheduler_type`.
 TRANSFORMERS_SCHEDULERS = frozenset(
     """linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt reduce_lr_on_plateau
-    cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy""".split()
+    cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy""".split()  # noqa: SIM905
 )
 
 SCHEDULERS = TRANSFORMERS_SCHEDULERS | {"one_cycle", "rex"}

@@ -18,14 +18,22 @@ class Words(BaseModel):
     model_config = ConfigDict(use_enum_values=True, populate_by_name=True, protected_namespaces=())
 
 
+# Pydantic loses these in the JSON schema of an optional number.
+IN_JSON_SCHEMA = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
 def key(description: str, default: Any = None, **constraints: Any) -> Any:
     """A key that may be left out."""
-    return Field(default, description=description, **constraints)
+    return Field(default, description=description, json_schema_extra=_limits(constraints), **constraints)
 
 
 def required(description: str, **constraints: Any) -> Any:
     """A key that must be written."""
-    return Field(..., description=description, **constraints)
+    return Field(..., description=description, json_schema_extra=_limits(constraints), **constraints)
+
+
+def _limits(constraints: dict[str, Any]) -> dict[str, Any] | None:
+    return {IN_JSON_SCHEMA[name]: value for name, value in constraints.items() if name in IN_JSON_SCHEMA} or None
 
 
 def refuse_boolean(value: Any) -> Any:
@@ -58,7 +66,7 @@ def no_as_text(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(refuse_boolean)]
 Float = Annotated[float, BeforeValidator(refuse_boolean), AllowInfNan(False)]
-Text = Annotated[str, BeforeValidator(number_as_text)]
+Text = Annotated[str, BeforeValidator(number_as_text, json_schema_input_type=str | int)]
 IGNORE_CASE = BeforeValidator(lower_case)
 UPPER_CASE = BeforeValidator(upper_case)
 NO_IS_TEXT = BeforeValidator(no_as_text)

@@ -1,0 +1,153 @@
+"""What is documented but not implemented here yet. Each row is deleted by the change that builds its feature.
+
+`NOT_BUILT` refuses a key, or some of its values. `NO_EFFECT_YET` lists keys that only make a run faster or leaner: they are
+accepted, and a warning says that they do nothing. A key left at null, false or its default is never refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+Refused = Callable[[Any], bool]
+
+
+def is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def above_one(value: Any) -> bool:
+    try:
+        return float(value) > 1
+    except (TypeError, ValueError):
+        return False
+
+
+def one_of(*words: str) -> Refused:
+    return lambda value: isinstance(value, str) and value.strip().lower() in words
+
+
+def set_but_not(*allowed: Any) -> Refused:
+    return lambda value: is_set(value) and value not in allowed
+
+
+def offload(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().startswith("offload")
+
+
+# Key -> (which of its values are refused, what else to write).
+NOT_BUILT: dict[str, tuple[Refused, str]] = {
+    "rl": (is_set, "Only supervised fine-tuning is."),
+    "reward_model": (is_set, ""),
+    "process_reward_model": (is_set, ""),
+    "ebft": (is_set, ""),
+    "qat": (is_set, ""),
+    "quantization": (is_set, ""),
+    "deepspeed": (is_set, "On several GPUs data parallel works without it."),
+    "deepcompile": (is_set, ""),
+    "fsdp": (is_set, "On several GPUs data parallel works without it."),
+    "fsdp_config": (is_set, "On several GPUs data parallel works without it."),
+    "fsdp_version": (is_set, "On several GPUs data parallel works without it."),
+    "qlora_sharded_model_loading": (is_set, ""),
+    "context_parallel_size": (above_one, ""),
+    "tensor_parallel_size": (above_one, ""),
+    "dp_shard_size": (above_one, ""),
+    "dp_replicate_size": (above_one, ""),
+    "use_ray": (is_set, "Use `--launcher torchrun`."),
+    "streaming": (is_set, "Remove it: datasets are tokenized once and read from disk."),
+    "pretraining_dataset": (is_set, "List it under `datasets:` with `type: completion`."),
+    "relora": (is_set, ""),
+    "jagged_restart_steps": (is_set, ""),
+    "lisa_n_layers": (is_set, ""),
+    "lisa_step_interval": (is_set, ""),
+    "processor_type": (is_set, "Only text models are."),
+    "role_boundaries": (is_set, "Only text models are."),
+    "freeze_mm_modules": (is_set, "Only text models are."),
+    "fp8": (is_set, "Use `bf16: auto`."),
+    "activation_offloading": (is_set, "Use `gradient_checkpointing: true`."),
+    "gradient_checkpointing": (offload, "Use `gradient_checkpointing: true`."),
+    "layer_offloading": (is_set, ""),
+    "selective_checkpointing": (is_set, "Use `gradient_checkpointing: true`."),
+    "tiled_mlp": (is_set, ""),
+    "llama4_linearized_experts": (is_set, ""),
+    "s2_attention": (is_set, "Use `flash_attention: true`."),
+    "use_mlflow": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "mlflow_experiment_name": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "use_comet": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "use_trackio": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "use_otel_metrics": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "optimizer": (
+        one_of(
+            *"""optimi_adamw ao_adamw_fp8 adopt_adamw adamc came_pytorch muon dion sinkgd polora flash_adamw flash_adam
+            flash_sgd flash_sgdw flash_lion q_galore_adamw8bit galore_adamw galore_adamw_8bit galore_adafactor
+            galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
+            schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw
+            adamw_anyprecision adamw_torch_xla adamw_torch_npu_fused""".split()  # noqa: SIM905
+        ),
+        "Use `adamw_torch_fused` or another optimizer of torch or bitsandbytes.",
+    ),
+}
+
+# Plugins that come with this package but do nothing yet.
+PLUGINS_NOT_BUILT = frozenset(
+    f"axolotl.integrations.{name}"
+    for name in """cut_cross_entropy.CutCrossEntropyPlugin densemixer.DenseMixerPlugin diffusion.DiffusionPlugin
+    expert_parallel.ExpertParallelPlugin grokfast.GrokfastPlugin hatchery.HatcheryPlugin kd.KDPlugin kernels.KernelsPlugin
+    liger.LigerPlugin llm_compressor.LLMCompressorPlugin lm_eval.LMEvalPlugin mora.MoraPlugin nemo_gym.NemoGymPlugin
+    spectrum.SpectrumPlugin swanlab.SwanLabPlugin""".split()  # noqa: SIM905
+)
+
+# Keys that are hints about speed or memory. The result of a run is the same with and without them.
+NO_EFFECT_YET = (
+    "lora_mlp_kernel",
+    "lora_qkv_kernel",
+    "lora_o_kernel",
+    "lora_embedding_kernel",
+)
+
+COMMANDS_NOT_BUILT = {
+    "quantize": "",
+    "vllm-serve": "",
+    "merge-sharded-fsdp-weights": "",
+    "delinearize-llama4": "",
+    "lm-eval": "",
+    "agent-docs": "",
+    "generate-cli-config-options": "`axolotl config-schema` prints every key.",
+}
+
+
+def not_built_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """One message per key of `cfg` whose feature is not implemented yet. Warns of keys that have no effect yet."""
+    problems = [
+        f"`{key}: {_short(cfg[key])}` is not implemented yet. {remedy}".rstrip()
+        for key, (refused, remedy) in NOT_BUILT.items()
+        if key in cfg and refused(cfg[key])
+    ]
+    problems += [
+        f"`plugins: [{name}]` is not implemented yet. Remove it."
+        for name in _plugins(cfg)
+        if _whole(name) in PLUGINS_NOT_BUILT
+    ]
+    for key in NO_EFFECT_YET:
+        if is_set(cfg.get(key)):
+            LOG.warning_once(f"`{key}: {cfg[key]}` has no effect yet. The result of the run is the same without it.")
+    return problems
+
+
+def _plugins(cfg: Mapping[str, Any]) -> Iterable[str]:
+    names = cfg.get("plugins")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+
+
+def _whole(name: str) -> str:
+    """Our plugins may be named without the package they are in."""
+    return name if name.startswith("axolotl.") else f"axolotl.integrations.{name}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

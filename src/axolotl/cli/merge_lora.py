@@ -1,0 +1,155 @@
+"""CLI to merge a trained LoRA into a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl.cli.config import find_config, load_cfg, read_config
+from axolotl.cli.utils.overrides import apply_overrides
+from axolotl.exceptions import ConfigError, ModelError, NotBuiltError
+from axolotl.loaders import load_model_config, load_tokenizer
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.merge import FourBit, MergeReport, merge_adapter
+
+LOG = get_logger(__name__)
+
+# A merge computes on the CPU, one tensor at a time: how the run trained the model does not matter to it.
+FORCED: dict[str, Any] = {
+    "merge_lora": True,
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "quantize_moe_experts": False,
+    "ple_cpu_offload": False,
+    "sample_packing": False,
+}
+DROPPED = (
+    "attn_implementation", "flash_attention", "sdp_attention", "flex_attention", "xformers_attention", "eager_attention",
+    "s2_attention", "sage_attention", "context_parallel_size", "deepspeed", "fsdp", "fsdp_config", "eval_sample_packing",
+)  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+
+
+def do_cli(config: Path | str | DictDefault = Path("examples/"), **kwargs: Any) -> None:
+    """Parses axolotl config, CLI args, and calls `do_merge_lora`. Note that various config values will be overwritten to
+    allow the LoRA merge logic to work as expected (`load_in_8bit=False`, `load_in_4bit=False`, `flash_attention=False`).
+
+    Args:
+        config: path of the config.
+        kwargs: `dequant`, `override_quantizer`, and overrides of the config.
+
+    Raises:
+        ConfigError: the config is wrong, or trains no adapter. Also a ValueError.
+        ModelError: there is no adapter. Also a ValueError.
+    """
+    dequant = bool(kwargs.pop("dequant", None))
+    override_quantizer = kwargs.pop("override_quantizer", None)
+    written = DictDefault(config if isinstance(config, dict) else read_config(find_config(config)))
+    apply_overrides(written, {key: value for key, value in kwargs.items() if value is not None})
+    if not written.adapter:
+        raise ConfigError(
+            "`axolotl merge-lora` needs a config with an `adapter`; this one trains the whole model, and what it "
+            "saved in `output_dir` needs no merge."
+        )
+    trained_in_4bit = written.adapter == "qlora" or bool(written.load_in_4bit)
+    for key in DROPPED:
+        written.pop(key, None)
+    written.update(FORCED)
+    cfg = load_cfg(written)
+    do_merge_lora(cfg=cfg, dequant=dequant, override_quantizer=override_quantizer, trained_in_4bit=trained_in_4bit)
+
+
+def do_merge_lora(
+    *,
+    cfg: DictDefault,
+    dequant: bool = False,
+    override_quantizer: str | None = None,
+    trained_in_4bit: bool | None = None,
+) -> MergeReport | None:
+    """Merge the adapter of a run into its base model, in `<output_dir>/merged`.
+
+    The merge streams the base model's files (`axolotl.utils.merge`). With `merge_method: legacy` the model is loaded
+    whole and PEFT's `merge_and_unload` is called.
+
+    Args:
+        cfg: the config of a run, as `load_cfg` returns it. `lora_model_dir` defaults to `output_dir`.
+        dequant: merge a QLoRA adapter into the unquantized weights, and not into the 4-bit ones it was trained on.
+        override_quantizer: not implemented here.
+        trained_in_4bit: whether the base was in 4 bits during training; None reads it from `cfg`.
+
+    Returns:
+        What was merged and how exactly; None with `merge_method: legacy`.
+    """
+    if override_quantizer:
+        raise NotBuiltError(
+            f"`--override-quantizer {override_quantizer}`: merged weights are not quantized again. Leave the option out."
+        )
+    adapter_dir = Path(cfg.lora_model_dir or cfg.output_dir)
+    output_dir = Path(cfg.output_dir) / "merged"
+    _check_adapter(adapter_dir)
+    if cfg.merge_method == "legacy":
+        _merge_whole(cfg, adapter_dir, output_dir)
+        return None
+    if trained_in_4bit is None:
+        trained_in_4bit = cfg.adapter == "qlora" or bool(cfg.load_in_4bit)
+    LOG.info(f"merging {adapter_dir} into {cfg.base_model}")
+    report = merge_adapter(
+        cfg.base_model,
+        adapter_dir,
+        output_dir,
+        dequantize=dequant,
+        four_bit=read_four_bit(cfg) if trained_in_4bit else None,
+        revision=cfg.revision_of_model,
+        config=None if (adapter_dir / "config.json").is_file() else load_model_config(cfg),
+        trust_remote_code=bool(cfg.trust_remote_code),
+    )
+    if not any(adapter_dir.glob("tokenizer*")):
+        load_tokenizer(cfg).save_pretrained(output_dir)
+    for line in report.lines():
+        LOG.info(line)
+    return report
+
+
+def read_four_bit(cfg: DictDefault) -> FourBit:
+    """How the run quantized its base: NF4 with double quantization, changed by `bnb_config_kwargs`."""
+    options = cfg.bnb_config_kwargs or DictDefault()
+    dtype = cfg.torch_dtype if isinstance(cfg.torch_dtype, torch.dtype) else DTYPES.get(str(cfg.torch_dtype))
+    double = options.bnb_4bit_use_double_quant
+    return FourBit(
+        quant_type=options.bnb_4bit_quant_type or "nf4",
+        double_quant=True if double is None else bool(double),
+        compute_dtype=dtype or (torch.float16 if cfg.fp16 else torch.bfloat16),
+        skip_modules=tuple(options.llm_int8_skip_modules or ()),
+    )
+
+
+def _check_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        return
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
+    hint = f" The run has a checkpoint: `--lora-model-dir {checkpoints[-1]}`." if checkpoints else ""
+    raise ModelError(
+        f"`{folder}` holds no adapter (no adapter_config.json). Train first, or say where the adapter is with "
+        f"`--lora-model-dir`.{hint}"
+    )
+
+
+def _merge_whole(cfg: DictDefault, adapter_dir: Path, output_dir: Path) -> None:
+    from axolotl.loaders import ModelLoader
+
+    cfg = DictDefault(cfg)
+    cfg.lora_model_dir = str(adapter_dir)
+    tokenizer = load_tokenizer(cfg)
+    model, _ = ModelLoader(cfg, tokenizer, inference=True).load()
+    model.merge_and_unload(progressbar=True).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    LOG.info(f"merged with `merge_method: legacy` into {output_dir}; logits were not compared")
+
+
+if __name__ == "__main__":
+    from axolotl.cli.main import run_module
+
+    run_module("merge-lora")

@@ -1,0 +1,61 @@
+"""CLI to run training on a model."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.art import print_axolotl_text_art
+from axolotl.cli.checks import check_accelerate_default_config, check_user_token
+from axolotl.cli.config import load_cfg
+from axolotl.cli.utils.args import split_cli_args
+from axolotl.utils.dict import DictDefault
+
+
+def do_cli(config: Path | str = Path("examples/"), **kwargs: Any) -> None:
+    """Parses `axolotl` config, CLI args, and calls `do_train`.
+
+    Args:
+        config: Path to `axolotl` config YAML file.
+        kwargs: Additional keyword arguments to correspond to CLI args or `axolotl` config values.
+    """
+    print_axolotl_text_art()
+    cli_args, overrides = split_cli_args(TrainerCliArgs, kwargs)
+    do_train(load_cfg(config, **overrides), cli_args)
+
+
+def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
+    """Trains a `transformers` model by first loading the dataset(s) specified in the `axolotl` config, and then calling
+    `axolotl.train.train`. Also runs the plugin manager's `post_train_unload` once training completes.
+
+    Args:
+        cfg: Dictionary mapping `axolotl` config keys to values.
+        cli_args: Training-specific CLI arguments.
+    """
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.integrations.base import PluginManager
+    from axolotl.train import train
+
+    check_accelerate_default_config()
+    if cfg.hub_model_id or cfg.push_dataset_to_hub:
+        check_user_token()
+    manager = PluginManager.get_instance()
+    dataset_meta = manager.load_datasets(cfg, preprocess=False)
+    if dataset_meta is None:
+        load = load_preference_datasets if cfg.rl else load_datasets
+        dataset_meta = load(cfg=cfg, cli_args=cli_args)
+
+    model, tokenizer, trainer = train(cfg=cfg, dataset_meta=dataset_meta)
+
+    # Plugins that go on after the run, such as an evaluation harness, need the memory of the device.
+    del model, tokenizer, trainer
+    gc.collect()
+    manager.post_train_unload(cfg)
+
+
+if __name__ == "__main__":
+    from axolotl.cli.main import run_module
+
+    run_module("train")

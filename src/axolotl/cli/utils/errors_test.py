@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import errno
+
+import huggingface_hub.errors
+import pytest
+import torch
+
+from axolotl.cli.utils.errors import INTERRUPTED, explain_error, report_error
+from axolotl.exceptions import ConfigError, DatasetError
+
+
+def raised(function) -> BaseException:
+    with pytest.raises(BaseException) as error:
+        function()
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConfigError("only one"), "Error: only one"),
+        (ConfigError(["first", "second"]), "1. first\n  2. second"),
+        (DatasetError("row 3"), "Error: row 3"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "`micro_batch_size`"),
+        (MemoryError(), "main memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/model"), "no space left on the disk: /out/model"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), "permission denied: /out"),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), "local path"),
+        (huggingface_hub.errors.LocalEntryNotFoundError("not there"), "local path"),
+        (KeyboardInterrupt(), "Interrupted."),
+    ],
+)
+def test_errors_in_words(error, words):
+    text = explain_error(error)
+    assert words in text
+    assert len(text.splitlines()) <= 4
+
+
+def test_the_cause_of_a_wrapped_hub_error_is_found():
+    def load():
+        try:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+        except huggingface_hub.errors.OfflineModeIsEnabled as error:
+            raise OSError("We couldn't connect to 'https://huggingface.co'") from error
+
+    assert "cannot be reached" in explain_error(raised(load))
+
+
+def test_an_unexpected_error_names_its_place(capsys, monkeypatch):
+    monkeypatch.delenv("AXOLOTL_DEBUG", raising=False)
+    from axolotl.utils.tee import start_tee
+
+    error = raised(lambda: start_tee(None))
+    assert report_error(error) == 1
+    err = capsys.readouterr().err
+    assert "AttributeError: 'NoneType' object has no attribute 'parent'" in err
+    assert "tee.py:" in err
+    assert "AXOLOTL_DEBUG=1" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("AXOLOTL_DEBUG", "1")
+    report_error(error)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_exit_codes_and_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert report_error(KeyboardInterrupt()) == INTERRUPTED
+    assert capsys.readouterr().err == "[rank 1] Interrupted.\n"

@@ -1,0 +1,56 @@
+"""Keys of experiment trackers become the environment variables that the trackers read."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from axolotl.utils.dict import DictDefault
+
+# Prefix of the keys -> the key that switches the tracker on, and the switch that is then set.
+TRACKERS: dict[str, tuple[str, str]] = {
+    "wandb": ("wandb_project", "use_wandb"),
+    "mlflow": ("mlflow_experiment_name", "use_mlflow"),
+    "comet": ("comet_project_name", "use_comet"),
+    "trackio": ("trackio_project_name", "use_trackio"),
+}
+
+# Keys whose variable is not the key in capitals.
+VARIABLES: dict[str, str] = {
+    "comet_mode": "COMET_START_MODE",
+    "comet_online": "COMET_START_ONLINE",
+    "trackio_project_name": "TRACKIO_PROJECT",
+    "hf_mlflow_log_artifacts": "HF_MLFLOW_LOG_ARTIFACTS",
+}
+
+
+def prepare_tracking(cfg: DictDefault) -> None:
+    """Set the variables of every tracker that the config names. A variable of the environment keeps its value where the
+    config writes none.
+
+    Args:
+        cfg: `use_wandb`, `use_mlflow`, `use_comet` and `use_trackio` are set where the tracker's project is written.
+    """
+    prefixes = tuple(f"{name}_" for name in TRACKERS)
+    for key, value in cfg.items():
+        if value is None or not (key.startswith(prefixes) or key in VARIABLES):
+            continue
+        if key == "comet_experiment_config":
+            for name, setting in value.items():
+                os.environ[f"COMET_START_EXPERIMENT_{name.upper()}"] = _as_variable(setting)
+            continue
+        os.environ[VARIABLES.get(key, key.upper())] = _as_variable(value)
+    for project_key, switch in TRACKERS.values():
+        if cfg.get(project_key) and cfg.get(switch) is None:
+            cfg[switch] = True
+    if cfg.use_wandb:
+        os.environ.pop("WANDB_DISABLED", None)
+    else:
+        os.environ["WANDB_DISABLED"] = "true"
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from axolotl.cli.utils.tracking import prepare_tracking
+from axolotl.utils.dict import DictDefault
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_project_switches_its_tracker_on():
+    os.environ["WANDB_DISABLED"] = "true"
+    cfg = DictDefault(wandb_project="p", wandb_name=None, comet_experiment_config={"tags": ["a"]}, comet_mode="create")
+    prepare_tracking(cfg)
+    assert cfg.use_wandb is True
+    assert cfg.use_mlflow is None
+    assert os.environ["WANDB_PROJECT"] == "p"
+    assert os.environ["COMET_START_MODE"] == "create"
+    assert os.environ["COMET_START_EXPERIMENT_TAGS"] == '["a"]'
+    assert "WANDB_DISABLED" not in os.environ
+
+
+def test_an_explicit_switch_wins_and_nothing_is_sent_unasked():
+    cfg = DictDefault(wandb_project="p", use_wandb=False)
+    prepare_tracking(cfg)
+    assert cfg.use_wandb is False
+    assert os.environ["WANDB_DISABLED"] == "true"

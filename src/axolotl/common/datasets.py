@@ -1,0 +1,85 @@
+"""Dataset loading utilities."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from axolotl.exceptions import NotBuiltError
+from axolotl.loaders import load_processor, load_tokenizer
+from axolotl.utils.data.report import print_report, write_html_report
+from axolotl.utils.data.sft import DEFAULT_PREPARED_PATH, Prepared, prepare
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.tokenization import check_dataset_labels
+
+LOG = get_logger(__name__)
+
+
+@dataclass
+class TrainDatasetMeta:
+    """Training and evaluation rows, and how long training on them takes.
+
+    Attributes:
+        train_dataset: prepared rows.
+        eval_dataset: rows held out, or None.
+        total_num_steps: optimizer steps of the run, or None when unknown.
+        report: numbers of the training rows: lengths, trained tokens, what was dropped and why, packing.
+    """
+
+    train_dataset: Dataset
+    eval_dataset: Dataset | None = None
+    total_num_steps: int | None = None
+    report: dict[str, Any] | None = None
+
+
+def sample_dataset(dataset: Dataset, num_samples: int) -> Dataset:
+    """Randomly sample `num_samples` samples with replacement from `dataset`."""
+    return dataset.select([random.randrange(len(dataset)) for _ in range(num_samples)])
+
+
+def load_datasets(*, cfg: DictDefault, cli_args: Any = None, debug: bool = False) -> TrainDatasetMeta:
+    """Load one or more training or evaluation datasets, calling `axolotl.utils.data.prepare_datasets`. Optionally, show rows.
+
+    Args:
+        cfg: the config.
+        cli_args: `debug`, `debug_text_only` and `debug_num_examples` are read, where they exist.
+        debug: show rows token by token, trained tokens coloured, and write the dataset report as HTML.
+
+    Returns:
+        Rows to train on and to evaluate on, and the number of optimizer steps.
+    """
+    tokenizer = load_tokenizer(cfg)
+    processor = load_processor(cfg, tokenizer) if cfg.processor_type else None
+    prepared = prepare(cfg, tokenizer, processor=processor)
+    options = vars(cli_args) if cli_args is not None and hasattr(cli_args, "__dict__") else {}
+    if debug or options.get("debug"):
+        _show(cfg, prepared, tokenizer, options)
+    return TrainDatasetMeta(prepared.train, prepared.evaluation, prepared.total_num_steps, prepared.report)
+
+
+def _show(cfg: DictDefault, prepared: Prepared, tokenizer: Any, options: dict[str, Any]) -> None:
+    num_examples = int(options.get("debug_num_examples") or 1)
+    if "labels" not in prepared.train.column_names:
+        return
+    examples = sample_dataset(prepared.train, num_examples)
+    check_dataset_labels(examples, tokenizer, num_examples=num_examples, text_only=bool(options.get("debug_text_only")))
+    if prepared.report:
+        print_report(prepared.report)
+        path = Path(cfg.dataset_prepared_path or DEFAULT_PREPARED_PATH) / "dataset_report.html"
+        write_html_report(path, prepared.report, examples, tokenizer)
+        LOG.info(f"dataset report written to {path}")
+
+
+def load_preference_datasets(*, cfg: DictDefault, cli_args: Any = None) -> TrainDatasetMeta:
+    """Load preference datasets for RL training.
+
+    Raises:
+        NotBuiltError: always; methods that learn from preferences are not implemented here yet.
+    """
+    del cli_args
+    raise NotBuiltError(f"`rl: {cfg.rl}` needs preference datasets, which are not implemented yet. Remove `rl`.")

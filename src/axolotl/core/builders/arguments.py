@@ -1,0 +1,232 @@
+"""Training arguments from a config: one reader per subject, each a function from `cfg` to keyword arguments.
+
+What the user left open is decided here and recorded with `note_choice`, so that `train` can print it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.environment import find_device_type
+from axolotl.utils.samplers.geometry import is_varlen
+
+TRACKERS = {
+    # key that switches it on -> (name for transformers, keys that may hold the name of the run)
+    "use_wandb": ("wandb", ("wandb_name", "wandb_run_id")),
+    "use_mlflow": ("mlflow", ("mlflow_run_name",)),
+    "use_tensorboard": ("tensorboard", ()),
+    "use_comet": ("comet_ml", ("comet_experiment_key",)),
+    "use_trackio": ("trackio", ("trackio_run_name",)),
+}
+
+# Keys that transformers has under the same name, passed on when the config sets them.
+SAME_NAME = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_timeout",
+    "dataloader_drop_last",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",
+    "greater_is_better",
+    "hub_model_id",
+    "hub_revision",
+    "hub_strategy",
+    "include_num_input_tokens_seen",
+    "label_smoothing_factor",
+    "learning_rate",
+    "lr_scheduler_kwargs",
+    "max_grad_norm",
+    "metric_for_best_model",
+    "neftune_noise_alpha",
+    "optim_target_modules",
+    "save_only_model",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "weight_decay",
+)
+
+# Keys of ours under the same name in AxolotlTrainingMixins.
+OWN_SAME_NAME = (
+    "adam_beta3",
+    "adam_epsilon2",
+    "cosine_constant_lr_ratio",
+    "cosine_min_lr_ratio",
+    "curriculum_sampling",
+    "dion_momentum",
+    "dion_rank_fraction",
+    "dion_rank_multiple_of",
+    "embedding_lr",
+    "embedding_lr_scale",
+    "eval_sample_packing",
+    "image_resize_algorithm",
+    "image_size",
+    "jagged_restart_anneal_steps",
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "loraplus_lr_embedding",
+    "loraplus_lr_ratio",
+    "lr_div_factor",
+    "orpo_alpha",
+    "relora",
+    "relora_prune_ratio",
+    "sample_packing_bin_size",
+    "sample_packing_group_size",
+    "sample_packing_mp_start_method",
+)
+
+
+def read_warmup_steps(cfg: DictDefault, total_num_steps: int | None) -> int | float:
+    """Steps of the warmup; below 1 it is a share of a run whose length is not known yet."""
+    if cfg.warmup_steps is not None:
+        return cfg.warmup_steps
+    if not total_num_steps:
+        return cfg.warmup_ratio if cfg.warmup_ratio is not None else 0.03
+    if cfg.warmup_ratio is not None:
+        steps = int(cfg.warmup_ratio * total_num_steps)
+        reason = f"`warmup_ratio: {cfg.warmup_ratio}` of {total_num_steps} steps"
+    else:
+        steps = min(int(0.03 * total_num_steps), 100)
+        reason = f"3 % of {total_num_steps} steps, at most 100"
+    if steps == 1:
+        steps, reason = 2, reason + "; one step would not warm up"
+    note_choice(cfg, "warmup_steps", steps, reason)
+    return steps
+
+
+def read_logging_steps(cfg: DictDefault, total_num_steps: int | None) -> int | float:
+    """Steps between log lines."""
+    if cfg.logging_steps is not None:
+        return cfg.logging_steps
+    if not total_num_steps:
+        return 500
+    steps = max(min(int(0.005 * total_num_steps), 10), 1)
+    note_choice(cfg, "logging_steps", steps, "half a percent of the steps, at most 10")
+    return steps
+
+
+def read_save_args(cfg: DictDefault) -> dict[str, Any]:
+    """When to save, and how many checkpoints to keep."""
+    limit = cfg.save_total_limit if cfg.save_total_limit is not None else 4
+    if cfg.save_steps:
+        return {"save_strategy": "steps", "save_steps": cfg.save_steps, "save_total_limit": limit}
+    return {"save_strategy": cfg.save_strategy or "epoch", "save_total_limit": limit}
+
+
+def read_eval_args(cfg: DictDefault, has_eval_set: bool) -> dict[str, Any]:
+    """When to evaluate. Without an evaluation set: never."""
+    args: dict[str, Any] = {"per_device_eval_batch_size": cfg.eval_batch_size or cfg.micro_batch_size}
+    if not has_eval_set:
+        return {**args, "eval_strategy": "no"}
+    if cfg.eval_steps:
+        args.update(eval_strategy="steps", eval_steps=cfg.eval_steps)
+    else:
+        args["eval_strategy"] = cfg.eval_strategy or "epoch"
+    args["eval_on_start"] = args["eval_strategy"] != "no"
+    if args["eval_strategy"] != "no":
+        args["load_best_model_at_end"] = bool(cfg.load_best_model_at_end) or bool(
+            cfg.early_stopping_patience and cfg.save_steps and cfg.eval_steps and cfg.save_steps % cfg.eval_steps == 0
+        )
+        if (cfg.early_stopping_patience or args["load_best_model_at_end"]) and not cfg.metric_for_best_model:
+            args["metric_for_best_model"] = "loss"
+    return args
+
+
+def read_precision_args(cfg: DictDefault) -> dict[str, Any]:
+    """Number formats, and the device where the config or the machine says CPU."""
+    on_cpu = find_device_type() == "cpu"
+    args: dict[str, Any] = {"bf16": bool(cfg.bf16), "fp16": bool(cfg.fp16) and not cfg.bf16, "use_cpu": on_cpu}
+    if cfg.bf16 == "full":
+        args["bf16_full_eval"] = True
+    if on_cpu and args["fp16"]:
+        args["fp16"] = False
+        note_choice(cfg, "fp16", False, "a CPU has no mixed precision in fp16")
+    if cfg.tf32 is True and not on_cpu:
+        args["tf32"] = True
+    return args
+
+
+def read_checkpointing_args(cfg: DictDefault) -> dict[str, Any]:
+    """Recomputing activations in the backward pass."""
+    known = {field.name for field in fields(TrainingArguments)}
+    prefix = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    if not cfg.gradient_checkpointing:
+        return {prefix: False}
+    kwargs = cfg.gradient_checkpointing_kwargs
+    if kwargs is None:
+        kwargs = {"use_reentrant": False}
+        note_choice(cfg, "gradient_checkpointing_kwargs", kwargs, "works with frozen inputs and with every wrapper")
+    return {prefix: True, f"{prefix}_kwargs": dict(kwargs)}
+
+
+def read_hub_args(cfg: DictDefault) -> dict[str, Any]:
+    """Pushing to the hub, private unless the config says otherwise."""
+    if not cfg.hub_model_id:
+        return {}
+    return {"push_to_hub": True, "hub_private_repo": True, "hub_always_push": True}
+
+
+def read_tracker_args(cfg: DictDefault) -> dict[str, Any]:
+    """Which trackers to report to, and the name of the run: that of the first one that has a name."""
+    on = [(name, keys) for key, (name, keys) in TRACKERS.items() if cfg[key]]
+    names = [cfg[key] for _, keys in on for key in keys if cfg[key]]
+    return {"report_to": [name for name, _ in on] or "none", "run_name": names[0] if names else None}
+
+
+def read_data_args(cfg: DictDefault) -> dict[str, Any]:
+    """Order and loading of the data."""
+    args: dict[str, Any] = {
+        "dataloader_pin_memory": bool(cfg.dataloader_pin_memory) and find_device_type() != "cpu",
+        "sample_packing": bool(cfg.sample_packing),
+        "sample_packing_sequentially": bool(cfg.sample_packing_sequentially),
+        "sample_packing_drop_attention_mask": bool(cfg.flash_attention or cfg.flex_attention),
+        # One long row where attention works by borders, else rows of `sequence_len` (see `packing_geometry`).
+        "multipack_real_batches": bool(cfg.multipack_real_batches) or not is_varlen(cfg),
+        "max_seq_length": cfg.sequence_len or 512,
+        "eval_max_seq_length": cfg.eval_sequence_len,
+        "pretraining": bool(cfg.pretraining_dataset or cfg.streaming),
+        "dataset_num_proc": cfg.dataset_num_proc,
+    }
+    if cfg.dataloader_num_workers:
+        args["dataloader_prefetch_factor"] = cfg.dataloader_prefetch_factor
+    if cfg.group_by_length:
+        args["train_sampling_strategy"] = "group_by_length"
+    if cfg.accelerator_config:
+        args["accelerator_config"] = cfg.accelerator_config.to_dict()
+    return args
+
+
+def read_scheduler_args(cfg: DictDefault) -> dict[str, Any]:
+    """The learning rate schedule. `one_cycle` and `rex` are ours; transformers is told `cosine`."""
+    name = str(cfg.lr_scheduler or "cosine")
+    args: dict[str, Any] = {"lr_quadratic_warmup": bool(cfg.lr_quadratic_warmup)}
+    if name in ("one_cycle", "rex"):
+        return {**args, "lr_scheduler_type": "cosine", "alternate_lr_scheduler_type": name}
+    return {**args, "lr_scheduler_type": name}
+
+
+def read_distributed_args(cfg: DictDefault) -> dict[str, Any]:
+    """FSDP and DeepSpeed."""
+    args: dict[str, Any] = {}
+    if cfg.fsdp or cfg.fsdp_config:
+        args["fsdp"] = cfg.fsdp if cfg.fsdp else True
+        if cfg.fsdp_config:
+            args["fsdp_config"] = {
+                key if key.startswith("fsdp_") else f"fsdp_{key}": value for key, value in cfg.fsdp_config.to_dict().items()
+            }
+    if cfg.deepspeed:
+        args["deepspeed"] = cfg.deepspeed.to_dict() if isinstance(cfg.deepspeed, DictDefault) else cfg.deepspeed
+    return args
+
+
+def read_compile_args(cfg: DictDefault) -> dict[str, Any]:
+    """torch.compile."""
+    return {"torch_compile": True} if cfg.torch_compile and cfg.torch_compile != "auto" else {}

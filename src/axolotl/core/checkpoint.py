@@ -1,0 +1,273 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written to a folder beside its final place, its files are flushed to the disk, a marker with the size of
+every file is written last, and the folder is renamed. A process killed at any moment leaves either the old state or the new
+one; what it was writing has a name that starts with a dot and is removed by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from axolotl.exceptions import CheckpointError, OutputError
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+MARKER = "axolotl_checkpoint.json"
+RUN_STATE = "tokens_state.json"
+TRAINER_STATE = "trainer_state.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ASIDE = re.compile(r"\.checkpoint-\d+\.(writing|replaced)")
+
+
+def aside_path(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is whole."""
+    return Path(output_dir) / f".checkpoint-{step}.writing"
+
+
+def checkpoint_path(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is whole."""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders named `checkpoint-<step>`, lowest step first, whole or not."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def seal_checkpoint(folder: Path, final: Path) -> None:
+    """Make a written folder durable, mark it, and move it to its place.
+
+    Args:
+        folder: the folder that was written.
+        final: where it shall lie, on the same file system. A folder that is there is replaced.
+    """
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name in files:
+        _sync(folder / name)
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _sync(marker)
+    for sub in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync(sub)
+    _sync(folder)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(folder, final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise `CheckpointError` unless the checkpoint is whole.
+
+    A checkpoint without a marker was written by another program; it counts as whole when its trainer state can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint {folder} does not exist")
+    marker = folder / MARKER
+    if not marker.is_file():
+        try:
+            json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {folder} has no readable {TRAINER_STATE}: {error}") from error
+        return
+    try:
+        files: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {folder} has a marker that cannot be read: {error}") from error
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"the checkpoint {folder} lacks the file {name}")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {size}")
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether `check_checkpoint` has nothing to say."""
+    try:
+        check_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def find_last_whole_checkpoint(output_dir: str | Path, *, before: int | None = None) -> Path | None:
+    """The whole checkpoint with the highest step, or None. Broken ones on the way are warned about.
+
+    Args:
+        output_dir: folder of the run.
+        before: only look at lower steps than this.
+    """
+    for folder in reversed(list_checkpoints(output_dir)):
+        if before is not None and step_of(folder) >= before:
+            continue
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            LOG.warning(f"Not resuming from a broken checkpoint: {error}.")
+            continue
+        return folder
+    return None
+
+
+def step_of(folder: str | Path) -> int:
+    """The step in the name of a checkpoint folder; -1 when the name has none."""
+    match = _CHECKPOINT.fullmatch(Path(folder).name)
+    return int(match[1]) if match else -1
+
+
+def resolve_checkpoint(resume_from: str | Path | bool | None, output_dir: str | Path, *, auto: bool = False) -> Path | None:
+    """The checkpoint to resume from, verified.
+
+    Args:
+        resume_from: `resume_from_checkpoint` of the config: a path, True for the last one, or None.
+        output_dir: folder of the run.
+        auto: `auto_resume_from_checkpoints`: take the last whole one if there is any.
+
+    Returns:
+        The named checkpoint if it is whole, else the one before it, with a warning; None to start from the beginning.
+
+    Raises:
+        CheckpointError: the named checkpoint does not exist, or none is whole.
+    """
+    if isinstance(resume_from, bool) or resume_from is None:
+        last = find_last_whole_checkpoint(output_dir) if (resume_from or auto) else None
+        if resume_from and last is None:
+            raise CheckpointError(f"`resume_from_checkpoint: true`, but {output_dir} has no whole checkpoint.")
+        return last
+    folder = Path(resume_from)
+    if not folder.is_dir():
+        have = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        raise CheckpointError(
+            f"`resume_from_checkpoint: {resume_from}` does not exist. Checkpoints in {output_dir}: {have}."
+        )
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        before = find_last_whole_checkpoint(folder.parent, before=step_of(folder)) if step_of(folder) >= 0 else None
+        if before is None:
+            raise CheckpointError(
+                f"`resume_from_checkpoint: {resume_from}` cannot be used: {error}, and no earlier checkpoint is whole."
+            ) from error
+        LOG.warning(f"{error}. Resuming from {before} instead.")
+        return before
+    return folder
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Remove what a killed process was writing, and put back what it was about to replace."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return
+    for path in output_dir.iterdir():
+        match = _ASIDE.fullmatch(path.name)
+        if not match:
+            continue
+        final = output_dir / path.name[1:].rsplit(".", 1)[0]
+        if match[1] == "replaced" and not final.exists():
+            os.rename(path, final)
+        else:
+            LOG.warning(f"Removing {path}, left over from a run that was killed while it saved.")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
+    """Delete the oldest checkpoints so that at most `limit` stay.
+
+    Never deleted: the last whole one, and `keep` (the best one). Broken ones do not count and go as soon as a later one is
+    whole.
+    """
+    if not limit or limit <= 0:
+        return
+    checkpoints = list_checkpoints(output_dir)
+    whole = [path for path in checkpoints if is_whole(path)]
+    if not whole:
+        return
+    protected = {whole[-1].resolve()}
+    if keep is not None:
+        protected.add(Path(keep).resolve())
+    broken = [path for path in checkpoints if path not in whole and step_of(path) < step_of(whole[-1])]
+    spare = [path for path in whole if path.resolve() not in protected]
+    excess = len(whole) - max(limit, len(protected))
+    for path in broken + spare[: max(excess, 0)]:
+        # Renamed first: a process killed while it deletes must not leave half a checkpoint under a good name.
+        doomed = path.with_name(f".{path.name}.writing")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_run_state(folder: str | Path) -> dict[str, Any]:
+    """Counters that transformers does not keep; empty when the checkpoint has none."""
+    path = Path(folder) / RUN_STATE
+    if not path.is_file():
+        LOG.warning(f"{folder} has no `{RUN_STATE}`: token counts start at zero.")
+        return {}
+    state = json.loads(path.read_text(encoding="utf-8"))
+    # Another program's file has only these two.
+    state.setdefault("num_tokens_seen", state.get("total", 0))
+    state.setdefault("num_tokens_trained", state.get("trainable", 0))
+    return state
+
+
+def write_run_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """The counters of a run, beside the files of transformers."""
+    state = {**state, "total": state.get("num_tokens_seen", 0), "trainable": state.get("num_tokens_trained", 0)}
+    (Path(folder) / RUN_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def check_output_dir(output_dir: str | Path, *, min_free_bytes: int = 16 * 2**20) -> None:
+    """Raise `OutputError` unless files can be written to `output_dir`. Makes the folder.
+
+    Args:
+        output_dir: folder of the run.
+        min_free_bytes: less free space than this counts as a full disk.
+    """
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".write-test-") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise OutputError(
+            f"`output_dir: {output_dir}` cannot be written ({error.strerror or error}). Nothing was trained. "
+            "Choose another `output_dir`, or make this one writable."
+        ) from error
+    if free < min_free_bytes:
+        raise OutputError(
+            f"`output_dir: {output_dir}` is on a disk with {free / 2**20:.0f} MiB left, too little for a checkpoint. "
+            "Nothing was trained. Free some space or choose another `output_dir`."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder. The rename is still atomic there.
+        if not path.is_dir():
+            raise
+        LOG.debug(f"cannot sync the folder {path}: {error}")
+    finally:
+        os.close(descriptor)

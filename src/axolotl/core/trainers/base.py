@@ -1,0 +1,142 @@
+"""`AxolotlTrainer`: transformers' `Trainer` with an exact loss, exact data order and checkpoints that cannot be half."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer
+
+from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
+from axolotl.core.trainers.mixins.optimizer import OptimizerMixin
+from axolotl.core.trainers.mixins.packing import PackingMixin
+from axolotl.core.trainers.mixins.rng_state_loader import RngLoaderMixin
+from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
+from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
+from axolotl.core.trainers.utils import memory_metrics, sanitize_kwargs_for_tagging
+from axolotl.core.trainers.watch import StepWatch
+from axolotl.utils.callbacks.hardware import flops_per_token, peak_flops
+
+REDUCTIONS = {
+    "mean": lambda values: sum(values) / len(values),
+    "min": min,
+    "max": max,
+    "sum": sum,
+}
+
+
+class AxolotlTrainer(
+    PackingMixin, SchedulerMixin, OptimizerMixin, RngLoaderMixin, CheckpointSaveMixin, TokenLossMixin, Trainer
+):
+    """The trainer of causal language models.
+
+    Args:
+        *_args: as `Trainer`.
+        bench_data_collator: collator of the benchmark evaluation.
+        eval_data_collator: collator of the evaluation set; that of training when None.
+        dataset_tags: names of the datasets, for the model card.
+        **kwargs: as `Trainer`.
+    """
+
+    args: Any  # AxolotlTrainingArguments, or a TRL config with AxolotlTrainingMixins
+
+    # Which class overrides which method of Trainer. No method has two owners.
+    OWNERS: dict[str, tuple[str, ...]] = {
+        "PackingMixin": ("_get_train_sampler", "get_train_dataloader", "get_eval_dataloader"),
+        "SchedulerMixin": ("create_scheduler",),
+        "OptimizerMixin": ("create_optimizer",),
+        "RngLoaderMixin": ("_load_rng_state", "_load_optimizer_and_scheduler"),
+        "CheckpointSaveMixin": ("_save_checkpoint",),
+        "TokenLossMixin": (
+            "get_batch_samples",
+            "training_step",
+            "compute_loss",
+            "prediction_step",
+            "evaluation_loop",
+        ),
+        "AxolotlTrainer": ("log", "push_to_hub"),
+    }
+
+    tag_names = ("axolotl",)
+
+    def __init__(
+        self,
+        *_args: Any,
+        bench_data_collator: Any = None,
+        eval_data_collator: Any = None,
+        dataset_tags: list[str] | None = None,
+        **kwargs: Any,
+    ):
+        self.bench_data_collator = bench_data_collator
+        self.eval_data_collator = eval_data_collator
+        self.dataset_tags = dataset_tags
+        self._stored_metrics: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
+        super().__init__(*_args, **kwargs)
+        self.add_callback(StepWatch(self))
+        self._flops_per_token = flops_per_token(self.model)
+        self._peak_flops = peak_flops(self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs` on the objects that watch training, with stored metrics, token counts and memory.
+
+        Args:
+            logs: metrics of this moment.
+            start_time: when training started.
+        """
+        train_eval = "train" if "loss" in logs else "eval"
+        if train_eval == "train":
+            self._add_train_metrics(logs)
+        if "eval_loss" in logs:
+            logs["eval_ppl"] = perplexity(logs["eval_loss"])
+        for key, metric in self._stored_metrics.pop(train_eval, {}).items():
+            logs[key] = REDUCTIONS[metric["reduction"]](metric["values"])
+        super().log(logs, start_time)
+
+    def _add_train_metrics(self, logs: dict[str, float]) -> None:
+        if self.owns_loss:
+            window = self.take_window_loss()
+            logs["loss"] = logs["loss"] if window is None else window
+            logs["ppl"] = perplexity(logs["loss"])
+        seconds, seen, trained = self.take_window_tokens()
+        if self.args.include_tkps and seconds > 0 and seen:
+            per_gpu = max(1, self.args.world_size) * seconds
+            logs["tokens/train_per_sec_per_gpu"] = round(trained / per_gpu, 2)
+            logs["tokens/per_sec_per_gpu"] = round(seen / per_gpu, 2)
+            if self._peak_flops:
+                logs["mfu"] = round(seen / per_gpu * self._flops_per_token / self._peak_flops, 4)
+        logs["tokens/total"] = self.num_tokens_seen
+        logs["tokens/trainable"] = self.num_tokens_trained
+        logs.update(memory_metrics(self.args.device))
+
+    def store_metrics(
+        self,
+        metrics: dict[str, float] | dict[str, tuple[int | float, str]],
+        train_eval: Literal["train", "eval"] = "train",
+        reduction: Literal["mean", "min", "max", "sum"] = "mean",
+    ) -> None:
+        """Keep metrics until the next log line, which gets each of them reduced.
+
+        Args:
+            metrics: name -> value, or name -> (value, reduction).
+            train_eval: with which log line they go.
+            reduction: how several values of one name become one.
+        """
+        for key, value in metrics.items():
+            value, how = value if isinstance(value, tuple) else (value, reduction)
+            if how not in REDUCTIONS:
+                raise ValueError(f"Unknown reduction {how!r} for metric {key!r}. One of: {', '.join(REDUCTIONS)}.")
+            stored = self._stored_metrics[train_eval].setdefault(key, {"values": [], "reduction": how})
+            stored["values"].append(value.item() if torch.is_tensor(value) else value)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.push_to_hub`, with our tags and those of the datasets on the model card."""
+        kwargs = sanitize_kwargs_for_tagging(self.tag_names, self.dataset_tags, kwargs)
+        return super().push_to_hub(*args, **kwargs)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite when it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

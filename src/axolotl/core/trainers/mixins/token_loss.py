@@ -1,0 +1,241 @@
+"""The loss of an optimizer step: sum of token losses over all micro-batches and ranks, over their number."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from axolotl.core.trainers.causal_loss import (
+    OutputHead,
+    count_supervised_tokens,
+    count_tokens,
+    cross_entropy_of_logits,
+    find_output_head,
+    fused_loss,
+    mask_document_starts,
+    probe_logit_formula,
+    shift_labels,
+)
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+
+class TokenLossMixin(Trainer):
+    """Exact loss for training and evaluation of causal models, and the token counts that go with it.
+
+    Other models (classification, encoder-decoder) and losses given as `compute_loss_func` or label smoothing go through
+    `Trainer` unchanged.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        base = self._base_causal_model()
+        self.is_causal_lm = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss and not getattr(
+            base.config, "is_encoder_decoder", False
+        )
+        self.owns_loss = self.is_causal_lm and self.label_smoother is None and self.compute_loss_func is None
+        self._output_head: OutputHead | str | None = None
+        if not self.args.fused_linear_loss:
+            self._output_head = "`fused_linear_loss` is off"
+        # A model that does not take `num_items_in_batch` gets its loss computed here, from its logits.
+        self._model_takes_num_items = self.model_accepts_loss_kwargs
+        if self.owns_loss:
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self._pad_token_id = None if tokenizer is None else tokenizer.pad_token_id
+        # Sums over all ranks: tokens seen and tokens that carried loss, since the start of the run.
+        self.num_tokens_seen = 0
+        self.num_tokens_trained = 0
+        # A rank that was asked to stop says so here; all ranks learn it at the next step (see `get_batch_samples`).
+        self.stop_requested = False
+        self.stop_agreed = False
+        # Loss of the optimizer step under way, and of the steps since the last log line (this rank's share).
+        self.step_loss = torch.zeros((), device=self.args.device)
+        self.window_loss = torch.zeros((), device=self.args.device)
+        self.window_steps = 0
+        # Wall time and tokens of these steps; the time of evaluations and saves is not in it.
+        self._window_tokens = [0.0, 0, 0]
+        self._step_began = time.perf_counter()
+        self._step_sums = torch.zeros(3, dtype=torch.int64)
+        self._eval_sums: torch.Tensor | None = None
+        self._eval_counts_tokens = False
+
+    def _base_causal_model(self) -> torch.nn.Module:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step and the number of supervised tokens in them, over all ranks."""
+        if not self.owns_loss:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_began = time.perf_counter()
+        batches = [mask_document_starts(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        if not batches or "labels" not in batches[0]:
+            return batches, None
+        # [supervised, all, ranks that want to stop]: one small collective per optimizer step.
+        sums = torch.zeros(3, dtype=torch.int64, device=device)
+        for batch in batches:
+            sums[0] += count_supervised_tokens(batch).to(device)
+            sums[1] += count_tokens(batch, self._pad_token_id).to(device)
+        sums[2] = int(self.stop_requested)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            # Ranks of a tensor- or context-parallel group hold the same batch.
+            sums[:2] //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        self._step_sums = sums
+        self.step_loss = torch.zeros((), device=device)
+        return batches, sums[0].clamp(min=1)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss = self.step_loss + loss.to(self.step_loss.device)
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the loss of its optimizer step.
+
+        Args:
+            model: the model, wrapped as for training.
+            inputs: the batch. First tokens of packed documents are masked here too, for callers of this method alone.
+            return_outputs: also return the outputs of the model. With the fused loss their `logits` are a placeholder.
+            num_items_in_batch: supervised tokens of the step over all ranks; None for those of this batch.
+        """
+        if not self.owns_loss or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = mask_document_starts(inputs)
+        own_count = count_supervised_tokens(inputs)
+        # Gradients and logged losses are averaged over ranks afterwards; a count over all ranks must undo that.
+        scale = 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
+        num_items = own_count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        wants_logits = return_outputs and not self._eval_counts_tokens
+        head = self._output_head if wants_logits else self._find_output_head(model)
+        labels_BT = shift_labels(inputs)
+        if isinstance(head, OutputHead) and not wants_logits:
+            with fused_loss(head, labels_BT, num_items):
+                outputs = model(**inputs)
+            loss = outputs["loss"]
+        elif self._model_takes_num_items:
+            outputs = model(**inputs, num_items_in_batch=num_items)
+            loss = outputs["loss"]
+        else:
+            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+            loss = cross_entropy_of_logits(outputs["logits"], labels_BT) / num_items
+            if outputs.get("aux_loss") is not None:
+                loss = loss + self._base_causal_model().config.router_aux_loss_coef * outputs["aux_loss"]
+        loss = self._weigh_router_loss(loss, outputs, own_count / num_items) * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def _weigh_router_loss(self, loss: torch.Tensor, outputs: Any, share: torch.Tensor) -> torch.Tensor:
+        """Models add a whole router loss per micro-batch; over a step it has to count once, by share of tokens."""
+        aux_loss = outputs.get("aux_loss")
+        if aux_loss is None:
+            return loss
+        coefficient = self._base_causal_model().config.router_aux_loss_coef
+        return loss - coefficient * aux_loss.to(loss.device) * (1 - share)
+
+    def _find_output_head(self, model: torch.nn.Module) -> OutputHead | str:
+        """Decide once, at the first batch, whether head and loss run together."""
+        if self._output_head is None:
+            base = self._base_causal_model()
+            found = find_output_head(base)
+            if not isinstance(found, str):
+                with self.compute_loss_context_manager():
+                    found = probe_logit_formula(model, base, found)
+            if isinstance(found, str):
+                LOG.info(f"The loss is computed from full logits: {found}.")
+            self._output_head = found
+        return self._output_head
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """In an evaluation of the loss alone, add up token losses and counts instead of returning batch means."""
+        if not (self.owns_loss and prediction_loss_only and self._eval_sums is not None and "labels" in inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = mask_document_starts(self._prepare_inputs(inputs))
+        self._eval_counts_tokens = True
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = self.compute_loss(model, inputs)
+        finally:
+            self._eval_counts_tokens = False
+        count = count_supervised_tokens(inputs)
+        self._eval_sums += torch.stack([mean.double() * count, count.double()]).to(self._eval_sums.device)
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """`Trainer.evaluation_loop` with a loss that is the mean over the tokens of the whole set."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=_float64_device(self.args.device))
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            sums = self._eval_sums
+        finally:
+            self._eval_sums = None
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+        total, count = sums.tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    def take_step_counts(self) -> None:
+        """At the end of an optimizer step: add its counts and loss to those of the run."""
+        if not self.owns_loss:
+            return
+        trained, seen, stops = self._step_sums.tolist()
+        self.num_tokens_trained += trained
+        self.num_tokens_seen += seen
+        self.stop_agreed = stops > 0
+        self.window_loss = self.window_loss + self.step_loss
+        self.window_steps += 1
+        for index, value in enumerate((time.perf_counter() - self._step_began, seen, trained)):
+            self._window_tokens[index] += value
+
+    def take_window_tokens(self) -> tuple[float, int, int]:
+        """Seconds, tokens and supervised tokens (over all ranks) of the steps since the last call."""
+        seconds, seen, trained = self._window_tokens
+        self._window_tokens = [0.0, 0, 0]
+        return seconds, int(seen), int(trained)
+
+    def take_window_loss(self) -> float | None:
+        """Mean loss per step since the last call, over all ranks; None when no step was taken."""
+        if not self.window_steps:
+            return None
+        total = self.window_loss
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, reduction="mean")
+        mean = total.item() / self.window_steps
+        self.window_loss, self.window_steps = torch.zeros_like(self.window_loss), 0
+        return mean
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    """Where float64 sums can live: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+

@@ -1,0 +1,42 @@
+"""Utils for Axolotl trainers: tags of a pushed model, memory in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+def sanitize_kwargs_for_tagging(
+    tag_names: str | Iterable[str], dataset_tags: list[str] | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """`kwargs` of `push_to_hub` with our tags, and the datasets' names unless given."""
+    given = kwargs.get("tags") or []
+    given = [given] if isinstance(given, str) else list(given)
+    ours = [tag_names] if isinstance(tag_names, str) else list(tag_names)
+    kwargs = {**kwargs, "tags": [*given, *(tag for tag in ours if tag not in given)]}
+    if dataset_tags and "dataset_tags" not in kwargs:
+        kwargs["dataset_tags"] = dataset_tags
+    return kwargs
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """GiB of the accelerator: peak in use, peak allocated, reserved now. Empty on a CPU."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return {
+            "memory/max_active (GiB)": round(stats.get("active_bytes.all.peak", 0) / GIB, 2),
+            "memory/max_allocated (GiB)": round(torch.cuda.max_memory_allocated(device) / GIB, 2),
+            "memory/device_reserved (GiB)": round(torch.cuda.memory_reserved(device) / GIB, 2),
+        }
+    if device.type == "mps":
+        allocated = round(torch.mps.current_allocated_memory() / GIB, 2)
+        return {
+            "memory/max_active (GiB)": allocated,
+            "memory/max_allocated (GiB)": allocated,
+            "memory/device_reserved (GiB)": round(torch.mps.driver_allocated_memory() / GIB, 2),
+        }
+    return {}

@@ -1,0 +1,131 @@
+"""Module containing dataset functionality.
+
+In: a `datasets.Dataset` of rows and a tokenizing strategy. Out: a dataset of `input_ids`, `attention_mask`, `labels`.
+Whatever goes wrong in a row becomes a `DatasetError` that names the dataset, the row and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from datasets import Dataset, IterableDataset
+
+from axolotl.exceptions import AxolotlError, DatasetError
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+
+BATCH_SIZE = 1000
+
+
+class TokenizeRows:
+    """What `Dataset.map` calls: tokenizes rows and says which one failed.
+
+    Args:
+        strategy: the tokenizing strategy.
+        name: the dataset as the user wrote it.
+    """
+
+    def __init__(self, strategy: PromptTokenizingStrategy, name: str | None = None):
+        self.strategy = strategy
+        self.name = name
+
+    def __call__(self, rows: dict[str, Any], indices: int | list[int]) -> dict[str, Any]:
+        self.strategy.row_offset = indices if isinstance(indices, int) else indices[0]
+        try:
+            return self.strategy.tokenize_prompt(rows)
+        except (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError) as error:
+            if isinstance(indices, int):
+                raise self._explained(error, indices, rows) from error
+            batch_error = error
+        for position, index in enumerate(indices):
+            row = {key: values[position] for key, values in rows.items()}
+            try:
+                self.strategy.tokenize_prompt({key: [value] for key, value in row.items()})
+            except (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError) as error:
+                raise self._explained(error, index, row) from error
+        raise self._explained(batch_error, indices[0], {}) from batch_error
+
+    def _explained(self, error: Exception, index: int, row: dict[str, Any]) -> DatasetError:
+        where = f"Row {index}" + (f" of `{self.name}`" if self.name else "")
+        fields = ", ".join(f"`{key}`" for key in row)
+        if isinstance(error, AxolotlError):
+            return DatasetError(f"{where}: {error}")
+        if isinstance(error, KeyError):
+            return DatasetError(
+                f"{where} has no field `{error.args[0] if error.args else '?'}`; its fields are {fields}. "
+                "Rename the field, or name it in the config where the dataset type has a key for it."
+            )
+        return DatasetError(f"{where} cannot be tokenized: {type(error).__name__}: {error}. Its fields are {fields}.")
+
+
+class TokenizedPromptDataset(Dataset):
+    """Dataset that returns tokenized prompts from a stream of text files.
+
+    Args:
+        prompt_tokenizer: the strategy that tokenizes the rows of this dataset.
+        dataset: the rows.
+        process_count: number of processes to use for tokenizing.
+        keep_in_memory: whether to keep the tokenized dataset in memory.
+        kwargs: passed to `datasets.Dataset`, but for `name`, which errors call the dataset by.
+    """
+
+    def __init__(
+        self,
+        prompt_tokenizer: PromptTokenizingStrategy,
+        dataset: Dataset,
+        process_count: int | None = None,
+        keep_in_memory: bool | None = False,
+        **kwargs,
+    ):
+        self.prompt_tokenizer = prompt_tokenizer
+        self.process_count = process_count
+        self.keep_in_memory = keep_in_memory
+        self._dataset_name = kwargs.pop("name", None)
+        super().__init__(self.process(dataset).data, **kwargs)
+
+    def process(self, dataset: Dataset) -> Dataset:
+        """`dataset`, tokenized."""
+        num_proc = min(self.process_count, max(len(dataset), 1)) if self.process_count else None
+        num_proc = num_proc if num_proc and num_proc > 1 else None
+        if self.prompt_tokenizer.filter_rows:
+            dataset = dataset.filter(
+                self.prompt_tokenizer.filter_rows, num_proc=num_proc, desc="Strategy Filtering Rows"
+            )
+        return dataset.map(
+            TokenizeRows(self.prompt_tokenizer, self._dataset_name),
+            with_indices=True,
+            remove_columns=list(dataset.features),
+            num_proc=num_proc,
+            keep_in_memory=self.keep_in_memory,
+            desc="Tokenizing Prompts",
+            **_batching(self.prompt_tokenizer),
+        )
+
+
+def wrap_dataset_for_tokenized_prompt(
+    prompt_tokenizer: PromptTokenizingStrategy,
+    dataset: Dataset | IterableDataset,
+    **kwargs,
+) -> Dataset | IterableDataset:
+    """The dataset, tokenized; a streamed one is tokenized as it is read.
+
+    Args:
+        prompt_tokenizer: the strategy that tokenizes the rows.
+        dataset: the rows.
+        kwargs: see `TokenizedPromptDataset`.
+    """
+    if not isinstance(dataset, IterableDataset):
+        return TokenizedPromptDataset(prompt_tokenizer, dataset, **kwargs)
+    if prompt_tokenizer.filter_rows:
+        dataset = dataset.filter(prompt_tokenizer.filter_rows)
+    features = dataset.features or next(iter(dataset.take(1)), {})
+    return dataset.map(
+        TokenizeRows(prompt_tokenizer, kwargs.get("name")),
+        with_indices=True,
+        remove_columns=list(features),
+        **_batching(prompt_tokenizer),
+    )
+
+
+def _batching(strategy: PromptTokenizingStrategy) -> dict[str, Any]:
+    return {"batched": True, "batch_size": BATCH_SIZE} if strategy.supports_batched else {}

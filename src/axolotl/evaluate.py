@@ -1,0 +1,123 @@
+"""Evaluate a model on training and validation datasets."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from axolotl.core.checkpoint import check_output_dir
+from axolotl.exceptions import ConfigError
+from axolotl.train import is_main_process, setup_model_and_trainer
+from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+SUMMARY = "eval_summary.csv"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
+    """Evaluate the trained result on training and validation set, print and write `eval_summary.csv`.
+
+    What is evaluated: the adapter in `lora_model_dir`, else the adapter or model in `output_dir`, else the base model.
+
+    Args:
+        cfg: the resolved config.
+        dataset_meta: `TrainDatasetMeta`.
+
+    Returns:
+        Metrics, named `train_...` and `eval_...`.
+    """
+    check_output_dir(cfg.output_dir)
+    choose_trained_result(cfg)
+    trainer, _, _, _, _ = setup_model_and_trainer(cfg, dataset_meta)
+    train_metrics = evaluate_dataset(trainer, dataset_meta.train_dataset, "train", cfg.flash_optimum)
+    eval_metrics = evaluate_dataset(trainer, dataset_meta.eval_dataset, "eval", cfg.flash_optimum)
+    if train_metrics is None and eval_metrics is None:
+        raise ConfigError("There is nothing to evaluate: neither `datasets` nor `test_datasets` or `val_set_size` gave rows.")
+    if is_main_process():
+        rows = summary_rows(train_metrics or {}, eval_metrics or {})
+        write_summary(Path(cfg.output_dir) / SUMMARY, rows)
+        print_summary(rows)
+    return {**(train_metrics or {}), **(eval_metrics or {})}
+
+
+def choose_trained_result(cfg: DictDefault) -> None:
+    """Point the config at what was trained, and say so."""
+    output_dir = Path(cfg.output_dir)
+    if cfg.adapter:
+        if cfg.lora_model_dir:
+            chosen, reason = cfg.lora_model_dir, "the adapter that the config names"
+        elif any((output_dir / name).is_file() for name in ADAPTER_FILES):
+            cfg.lora_model_dir = str(output_dir)
+            chosen, reason = str(output_dir), "the adapter that was trained"
+        else:
+            chosen, reason = cfg.base_model, f"{output_dir} has no trained adapter; a fresh one changes nothing"
+    elif any((output_dir / name).is_file() for name in MODEL_FILES):
+        cfg.base_model = str(output_dir)
+        chosen, reason = str(output_dir), "the model that was trained"
+    else:
+        chosen, reason = cfg.base_model, f"{output_dir} has no trained model"
+    note_choice(cfg, "evaluated model", chosen, reason)
+    LOG.info(f"Evaluating {chosen}: {reason}.")
+
+
+def evaluate_dataset(
+    trainer: Any, dataset: Any, dataset_type: str, flash_optimum: bool = False
+) -> dict[str, float] | None:
+    """Helper function to evaluate a single dataset.
+
+    Args:
+        trainer: the trainer.
+        dataset: rows, or None.
+        dataset_type: `train` or `eval`; prefix of the metrics.
+        flash_optimum: not needed; part of the documented signature.
+
+    Returns:
+        Metrics such as `eval_loss`, or None without a dataset.
+    """
+    if dataset is None:
+        return None
+    LOG.info(f"Evaluating on the {dataset_type} set.")
+    metrics = trainer.evaluate(dataset, metric_key_prefix=dataset_type)
+    if f"{dataset_type}_loss" in metrics:
+        from axolotl.core.trainers.base import perplexity
+
+        metrics[f"{dataset_type}_ppl"] = perplexity(metrics[f"{dataset_type}_loss"])
+    return metrics
+
+
+def summary_rows(train_metrics: dict[str, Any], eval_metrics: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(metric, training, validation), with an empty text where a set lacks the metric."""
+    training = {key.removeprefix("train_"): value for key, value in train_metrics.items()}
+    validation = {key.removeprefix("eval_"): value for key, value in eval_metrics.items()}
+    names = [name for name in [*training, *(n for n in validation if n not in training)] if name != "epoch"]
+    return [(name, training.get(name, ""), validation.get(name, "")) for name in names]
+
+
+def write_summary(path: Path, rows: list[tuple[str, Any, Any]]) -> None:
+    """The CSV file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("metric", "training", "validation"))
+        writer.writerows(rows)
+
+
+def print_summary(rows: list[tuple[str, Any, Any]]) -> None:
+    """The same as a table."""
+    table = Table(title="Evaluation", title_justify="left", box=None, pad_edge=False)
+    for column in ("metric", "training", "validation"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, training, validation in rows:
+        table.add_row(name, _short(training), _short(validation))
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

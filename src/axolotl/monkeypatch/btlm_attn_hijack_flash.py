@@ -1,0 +1,5 @@
+"""Old name: flash attention for BTLM. See axolotl._moved."""
+
+from axolotl._moved import old_name
+
+__getattr__ = old_name(__name__)

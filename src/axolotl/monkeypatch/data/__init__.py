@@ -1,0 +1,1 @@
+"""Changes to how PyTorch's DataLoader fetches rows."""

@@ -1,0 +1,31 @@
+"""Old name: flash attention for Llama. See axolotl._moved."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from axolotl._moved import old_name
+from axolotl.exceptions import NotBuiltError
+
+__getattr__ = old_name(__name__)
+
+
+def flashattn_forward_with_s2attn(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_value: tuple[torch.Tensor] | None = None,
+    output_attentions: bool = False,
+    use_cache: bool = False,
+    padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor] | None]:
+    """Shifted sparse attention of LongLoRA for a Llama layer.
+
+    Raises:
+        NotBuiltError: always; `s2_attention` is refused. Plain flash attention over long rows replaces it.
+    """
+    raise NotBuiltError("`s2_attention` is not built. Write `flash_attention: true`; its memory grows linearly too.")

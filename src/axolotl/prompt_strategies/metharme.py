@@ -1,0 +1,52 @@
+"""Module containing the MetharmenPromptTokenizingStrategy and MetharmePrompter class"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy, Tokenized
+from axolotl.prompters import AlpacaPrompter
+
+NUM_EOS_TOKENS = 3
+
+
+class MetharmePromptTokenizingStrategy(InstructionPromptTokenizingStrategy):
+    """Tokenizing strategy for the Metharme models: prompt and answer as they stand, then EOS three times."""
+
+    def parse_instruction_fields(self, prompt: dict[str, Any]) -> tuple[str, str, str]:
+        return prompt["prompt"], "", prompt["generation"]
+
+    def _tokenize_texts(
+        self, texts: Sequence[str], add_eos_token: bool = True, strip_bos_token: bool = False
+    ) -> list[Tokenized]:
+        rows = super()._tokenize_texts(texts, False, strip_bos_token)
+        eos = self.tokenizer.eos_token_id
+        for row in rows:
+            ids = row["input_ids"]
+            if add_eos_token and ids and ids[-1] != eos and len(ids) < self.max_length:
+                count = min(NUM_EOS_TOKENS, self.max_length - len(ids))
+                ids += [eos] * count
+                row["labels"] += [eos] * count
+                row["attention_mask"] += [1] * count
+        return rows
+
+
+class MetharmePrompter(AlpacaPrompter):
+    """Prompter for the Metharme models."""
+
+    system_prompt = ""
+    system_no_input_prompt = ""
+    system_format = ""
+    turn_format = "{instruction}"
+    turn_no_input_format = "{instruction}"
+
+    def __init__(self, *args, **kwargs):
+        """Takes the arguments of other prompters, and needs none."""
+
+    def match_prompt_style(self) -> None:
+        """There is one style."""
+
+
+def load(tokenizer, cfg) -> MetharmePromptTokenizingStrategy:
+    return MetharmePromptTokenizingStrategy(MetharmePrompter(), tokenizer, cfg.train_on_inputs, cfg.sequence_len)

@@ -1,0 +1,407 @@
+"""The story of a training run, in order.
+
+`train` gets a config and the prepared datasets. It loads the model, builds the trainer, writes down what is about to
+happen, trains, and saves what came out: model or adapter, tokenizer, config, model card and report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+
+from axolotl.core.checkpoint import check_output_dir, remove_leftovers, resolve_checkpoint
+from axolotl.exceptions import NotBuiltError, OutOfMemoryError, OutputError
+from axolotl.integrations.base import PluginManager
+from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
+from axolotl.model_card import write_model_card
+from axolotl.utils.callbacks.build import SAVED_CONFIG, find_callback
+from axolotl.utils.callbacks.progress import ProgressCallback
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.redact import redact_secrets
+from axolotl.utils.report import write_report
+from axolotl.utils.trainer import setup_trainer
+
+LOG = get_logger(__name__)
+
+REPORT = "report.html"
+
+# What to change when memory runs out, best first: key -> (applies, what to write).
+SMALLER_RUN: tuple[tuple[str, Any, str], ...] = (
+    ("micro_batch_size", lambda cfg: (cfg.micro_batch_size or 1) > 1, "`micro_batch_size: 1`, with more `gradient_accumulation_steps`"),
+    ("gradient_checkpointing", lambda cfg: not cfg.gradient_checkpointing, "`gradient_checkpointing: true`"),
+    ("sample_packing", lambda cfg: (cfg.sequence_len or 0) > 1024, "a smaller `sequence_len`"),
+    ("adapter", lambda cfg: not cfg.adapter, "`adapter: lora`"),
+    ("load_in_4bit", lambda cfg: not cfg.load_in_4bit, "`load_in_4bit: true` with `adapter: qlora`"),
+    ("optimizer", lambda cfg: "8bit" not in str(cfg.optimizer), "`optimizer: adamw_bnb_8bit`"),
+    ("activation_offloading", lambda cfg: not cfg.activation_offloading, "`activation_offloading: true`"),
+)
+
+
+def train(*, cfg: DictDefault, dataset_meta: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Trainer]:
+    """Train a model on the given dataset.
+
+    Args:
+        cfg: the resolved config.
+        dataset_meta: `TrainDatasetMeta`: `train_dataset`, `eval_dataset`, `total_num_steps`.
+
+    Returns:
+        (model, tokenizer, trainer).
+
+    Raises:
+        OutputError: `output_dir` cannot be written. Raised before the model is loaded.
+        CheckpointError: the checkpoint to resume from does not exist or is broken.
+        OutOfMemoryError: the device ran out of memory.
+        TrainingStopped: the loss was not finite.
+        SystemExit: 130 or 143 after SIGINT or SIGTERM, when everything is saved.
+    """
+    # What can fail cheaply comes before what takes minutes.
+    check_output_dir(cfg.output_dir)
+    if is_main_process():
+        remove_leftovers(cfg.output_dir)
+    checkpoint = resolve_checkpoint(
+        cfg.resume_from_checkpoint, cfg.output_dir, auto=bool(cfg.auto_resume_from_checkpoints)
+    )
+
+    trainer, model, tokenizer, peft_config, processor = setup_model_and_trainer(cfg, dataset_meta)
+    handle_untrained_tokens_fix(cfg, model, tokenizer, dataset_meta.train_dataset, safe_serialization=True)
+    save_initial_configs(cfg, tokenizer, model, peft_config, processor)
+    setup_model_card(cfg)
+    print_choices(cfg)
+    print_size(model, trainer)
+
+    previous_handlers = setup_signal_handler(cfg, trainer)
+    try:
+        execute_training(cfg, trainer, str(checkpoint) if checkpoint else None)
+        save_trained_model(cfg, trainer, model)
+        create_model_card(cfg, trainer)
+        save_report(cfg, trainer)
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+    PluginManager.get_instance().post_train(cfg, model)
+    exit_if_signalled(cfg, trainer)
+    return model, tokenizer, trainer
+
+
+def setup_model_and_trainer(cfg: DictDefault, dataset_meta: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """Load model, tokenizer, trainer, etc. Helper function to encapsulate the full trainer setup.
+
+    Returns:
+        (trainer, model, tokenizer, peft_config, processor).
+    """
+    model, tokenizer, peft_config, processor = setup_model_and_tokenizer(cfg)
+    model_ref = setup_reference_model(cfg, tokenizer)
+    trainer = setup_trainer(
+        cfg,
+        dataset_meta.train_dataset,
+        dataset_meta.eval_dataset,
+        model,
+        tokenizer,
+        processor,
+        dataset_meta.total_num_steps,
+        model_ref=model_ref,
+        peft_config=peft_config,
+    )
+    return trainer, model, tokenizer, peft_config, processor
+
+
+def setup_model_and_tokenizer(cfg: DictDefault) -> tuple[Any, Any, Any, Any]:
+    """Load the tokenizer, processor (for multimodal models), and model based on configuration.
+
+    Random numbers are seeded first: adapters and resized embeddings are initialised from them.
+
+    Returns:
+        (model, tokenizer, peft_config, processor).
+    """
+    set_seed(cfg.seed if cfg.seed is not None else 42)
+    tokenizer = load_tokenizer(cfg)
+    processor = load_processor(cfg, tokenizer) if cfg.is_multimodal else None
+    model, peft_config = ModelLoader(cfg, tokenizer).load()
+    if model.generation_config is not None:
+        # A generation config with sampling values and `do_sample: false` could not be saved.
+        model.generation_config.do_sample = True
+    return model, tokenizer, peft_config, processor
+
+
+def setup_reference_model(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set up the reference model for RL training if needed. No supported kind of training needs one."""
+    if cfg.rl:
+        raise NotBuiltError(f"`rl: {cfg.rl}` is not implemented yet.")
+
+
+def handle_untrained_tokens_fix(
+    cfg: DictDefault, model: Any, tokenizer: PreTrainedTokenizerBase, train_dataset: Any, safe_serialization: bool = True
+) -> None:
+    """Apply fixes for untrained tokens if configured.
+
+    Tokens that the base model never trained (embedding rows that are all zero) and that occur in the dataset get the mean
+    of the trained rows, in embedding and head.
+
+    Args:
+        cfg: the config; `fix_untrained_tokens` switches this on, as True or as a list of token ids.
+        model: the model, changed in place.
+        tokenizer: not needed; part of the documented signature.
+        train_dataset: the rows to look at.
+        safe_serialization: not needed; part of the documented signature.
+    """
+    if not cfg.fix_untrained_tokens:
+        return
+    embedding = model.get_input_embeddings().weight
+    head_module = model.get_output_embeddings()
+    untrained = (embedding.detach() == 0).all(dim=1)
+    used = torch.zeros_like(untrained)
+    for ids in train_dataset["input_ids"]:
+        used[torch.as_tensor(ids, device=used.device)] = True
+    if not isinstance(cfg.fix_untrained_tokens, bool):
+        given = cfg.fix_untrained_tokens if isinstance(cfg.fix_untrained_tokens, list | tuple) else [cfg.fix_untrained_tokens]
+        wanted = torch.zeros_like(untrained)
+        wanted[torch.as_tensor(given, device=wanted.device)] = True
+        untrained, used = untrained | wanted, used & wanted
+    broken = untrained & used
+    if not broken.any():
+        return
+    weights = {embedding.data_ptr(): embedding}
+    if head_module is not None:
+        weights[head_module.weight.data_ptr()] = head_module.weight
+    with torch.no_grad():
+        for weight in weights.values():
+            weight[broken] = weight[~untrained].float().mean(dim=0).to(weight.dtype)
+    LOG.info(f"`fix_untrained_tokens`: {int(broken.sum())} tokens of the dataset got the mean embedding.")
+
+
+def save_initial_configs(
+    cfg: DictDefault,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    peft_config: Any = None,
+    processor: Any = None,
+) -> None:
+    """Save initial configurations before training, so that even a run that dies can be loaded and repeated."""
+    if not is_main_process():
+        return
+    output_dir = Path(cfg.output_dir)
+    (output_dir / SAVED_CONFIG).write_text(config_as_yaml(cfg), encoding="utf-8")
+    tokenizer.save_pretrained(str(output_dir))
+    if processor is not None:
+        processor.save_pretrained(str(output_dir))
+    if peft_config is not None:
+        peft_config.save_pretrained(str(output_dir))
+    if model.config is not None:
+        model.config.save_pretrained(str(output_dir))
+
+
+def setup_model_card(cfg: DictDefault) -> None:
+    """Set up the Axolotl badge and add the Axolotl config to the model card if available.
+
+    The card itself is written by `create_model_card`; an older card is left alone until then.
+    """
+    cfg_yaml = config_as_yaml(cfg)
+    LOG.debug(f"The model card will carry a config of {len(cfg_yaml.splitlines())} lines.")
+
+
+def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:
+    """Set up signal handler for graceful termination.
+
+    The first SIGINT or SIGTERM lets the step end, saves and exits; the second exits at once.
+
+    Returns:
+        The handlers that were there before.
+    """
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        if trainer.stop_requested:
+            os._exit(128 + number)
+        trainer.stop_requested = True
+        trainer.stop_signal = number
+        name = signal.Signals(number).name
+        LOG.warning(f"{name}: finishing the step, then saving to {cfg.output_dir}. Once more to exit without saving.")
+
+    trainer.stop_signal = None
+    trainer.stop_requested = False
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def execute_training(cfg: DictDefault, trainer: Any, resume_from_checkpoint: str | None) -> None:
+    """Execute the training process with appropriate SDP kernel configurations.
+
+    Args:
+        cfg: the config.
+        trainer: the trainer.
+        resume_from_checkpoint: a whole checkpoint, or None.
+
+    Raises:
+        OutOfMemoryError: with the numbers, and the keys that would make the run smaller.
+    """
+    if resume_from_checkpoint:
+        LOG.info(f"Resuming from {resume_from_checkpoint}.")
+    began = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(describe_out_of_memory(cfg, trainer, error)) from error
+    finally:
+        progress = find_callback(trainer, ProgressCallback)
+        if progress is not None:
+            progress.close()
+    LOG.info(f"Trained {trainer.state.global_step} steps in {time.perf_counter() - began:.0f} s.")
+
+
+def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> str:
+    """The message of an out-of-memory error: step, sizes, keys to change."""
+    remedies = [text for _, applies, text in SMALLER_RUN if applies(cfg)]
+    peak = ""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} of {total:.1f} GiB were in use)"
+    return (
+        f"Out of memory at step {trainer.state.global_step + 1}{peak}, with `micro_batch_size: {cfg.micro_batch_size}` and "
+        f"`sequence_len: {cfg.sequence_len}`. Checkpoints in {cfg.output_dir} are whole. Try, one after the other: "
+        f"{', '.join(remedies)}. The library said: {str(error).splitlines()[0]}"
+    )
+
+
+def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
+    """Save the trained model according to configuration and training setup: model or adapter, and tokenizer."""
+    output_dir = Path(cfg.output_dir)
+    try:
+        trainer.save_model(str(output_dir))
+    except OSError as error:
+        raise OutputError(
+            f"The trained model could not be written to {output_dir}: {error}. The checkpoints there are whole; free some "
+            "space and run again with `auto_resume_from_checkpoints: true` to save it."
+        ) from error
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+    LOG.info(f"Saved the {'adapter' if cfg.adapter else 'model'} to {output_dir}.")
+
+
+def create_model_card(cfg: DictDefault, trainer: Any) -> None:
+    """Create a model card for the trained model if needed, and push to the hub if asked to."""
+    if is_main_process():
+        write_model_card(
+            Path(cfg.output_dir) / "README.md", cfg=cfg, config_yaml=config_as_yaml(cfg), history=trainer.state.log_history
+        )
+    if cfg.hub_model_id:
+        trainer.push_to_hub(commit_message="End of training", dataset_tags=trainer.dataset_tags)
+
+
+def save_report(cfg: DictDefault, trainer: Any) -> None:
+    """Write `report.html`: the curves of the run, readable offline."""
+    if not is_main_process():
+        return
+    path = Path(cfg.output_dir) / REPORT
+    write_report(
+        path,
+        title=f"{Path(str(cfg.base_model)).name} · {Path(cfg.output_dir).name}",
+        history=trainer.state.log_history,
+        summary=summarize(cfg, trainer),
+        config_yaml=config_as_yaml(cfg),
+    )
+    LOG.info(f"Report: {path}")
+
+
+def summarize(cfg: DictDefault, trainer: Any) -> dict[str, Any]:
+    """The figures of a run that head its report."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    rates = [entry["tokens/per_sec_per_gpu"] for entry in history if "tokens/per_sec_per_gpu" in entry]
+    trainable, total = count_parameters(trainer.model)
+    summary = {
+        "base model": cfg.base_model,
+        "adapter": cfg.adapter or "none (all weights)",
+        "steps": f"{trainer.state.global_step} of {trainer.state.max_steps}",
+        "epochs": round(trainer.state.epoch or 0, 3),
+        "trainable parameters": f"{trainable:,} of {total:,} ({100 * trainable / max(total, 1):.2f} %)",
+        "tokens seen": f"{trainer.num_tokens_seen:,}",
+        "tokens trained": f"{trainer.num_tokens_trained:,}",
+    }
+    if losses:
+        summary["loss, first and last"] = f"{losses[0]:.4f} → {losses[-1]:.4f}"
+    if evals:
+        summary["evaluation loss, first and last"] = f"{evals[0]:.4f} → {evals[-1]:.4f}"
+    if rates:
+        summary["tokens per second and GPU, median"] = f"{sorted(rates)[len(rates) // 2]:,.0f}"
+    return summary
+
+
+def exit_if_signalled(cfg: DictDefault, trainer: Any) -> None:
+    """Leave with the exit code of a signal, when one ended the run and everything is saved."""
+    if not trainer.stop_agreed:
+        return
+    number = trainer.stop_signal or signal.SIGTERM
+    LOG.warning(
+        f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; checkpoint and model are saved in "
+        f"{cfg.output_dir}. Go on with `auto_resume_from_checkpoints: true`."
+    )
+    raise SystemExit(128 + number)
+
+
+def print_choices(cfg: DictDefault) -> None:
+    """Show what was decided for the user, and why."""
+    if not is_main_process() or not cfg.resolution:
+        return
+    table = Table(title="Choices made for this run", title_justify="left", box=None, pad_edge=False)
+    for column in ("key", "value", "why"):
+        table.add_column(column, overflow="fold")
+    for entry in cfg.resolution:
+        value = entry["value"]
+        shown = value.to_dict() if isinstance(value, DictDefault) else value
+        table.add_row(str(entry["key"]), json.dumps(shown, default=str), str(entry["reason"]))
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 160  # a log file has no width of its own
+    console.print(table)
+
+
+def print_size(model: Any, trainer: Any) -> None:
+    """Show how much is trained, and for how long."""
+    trainable, total = count_parameters(model)
+    args = trainer.args
+    steps = args.max_steps if args.max_steps > 0 else "as many steps as the epochs take"
+    LOG.info(
+        f"Training {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %): {steps}, "
+        f"{args.num_train_epochs} epochs, {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+        f"{args.world_size} rows per step."
+    )
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(trainable, all) parameters. A 4-bit weight counts its values, not its bytes."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        values = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+        total += values
+        trainable += values if parameter.requires_grad else 0
+    return trainable, total
+
+
+def config_as_yaml(cfg: DictDefault) -> str:
+    """The resolved config as YAML, without secrets and without what the program found out for itself."""
+    plain = redact_secrets({key: value for key, value in cfg.to_dict().items() if value is not None})
+    for key in ("resolution", "capabilities", "env_capabilities"):
+        plain.pop(key, None)
+    # Through JSON, so that enums and dtypes become words that any YAML reader takes.
+    return yaml.safe_dump(json.loads(json.dumps(plain, default=_as_word)), sort_keys=True, allow_unicode=True)
+
+
+def _as_word(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0

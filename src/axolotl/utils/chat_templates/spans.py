@@ -1,0 +1,189 @@
+"""Where each turn stands in the text of a rendered conversation.
+
+A turn's span is what the template writes because of that turn's content: content, reasoning and tool calls, without the
+header before it and the end-of-turn token after it. It is found by rendering again with a marker in the place of the
+content, and every answer is checked against the text itself:
+
+1. all turns are replaced by markers at once. The text between the markers depends on the roles alone, so it is kept and
+   used for every conversation with the same roles. It holds when text and contents put together give the conversation.
+2. where that fails (tool calls, reasoning, templates that look into the content), one turn at a time is replaced, first
+   in the whole conversation, then in the conversation up to that turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+
+from axolotl.utils.chat_templates.messages import Turn
+
+Span = tuple[int, int]
+Render = Callable[..., str]
+"""`render(turns, tools=None, add_generation_prompt=False) -> str`."""
+
+_MARKER = "zzturn{}markerzz"
+_PLAIN_KEYS = frozenset({"role", "content"})
+_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_MAX_SKELETONS = 4096
+
+
+class Skeleton(NamedTuple):
+    """The text of a conversation between its contents: `literals[0] content[order[0]] literals[1] ...`."""
+
+    order: tuple[int, ...]
+    literals: tuple[str, ...]
+
+
+class TurnSpans:
+    """Finds the spans of turns in rendered conversations.
+
+    Args:
+        render: renders turns as text, always with the same template.
+    """
+
+    def __init__(self, render: Render):
+        self.render = render
+        self._skeletons: dict[Any, Skeleton | None] = {}
+
+    def find(self, text: str, turns: Sequence[Turn], tools: list | None, wanted: Sequence[int]) -> list[Span | None]:
+        """The spans of the turns `wanted`, as character offsets in `text`; None where a turn has no text of its own.
+
+        Args:
+            text: the rendered conversation.
+            turns: without the keys that are for the labels only.
+            tools: the tools it was rendered with.
+            wanted: indices of turns.
+        """
+        if all(turn.keys() <= _PLAIN_KEYS and isinstance(turn.get("content"), str) for turn in turns):
+            spans = self._match(text, turns, self._skeleton(turns, tools))
+            if spans is not None:
+                return [spans[index] for index in wanted]
+        return [self._one(text, turns, tools, index) for index in wanted]
+
+    def _skeleton(self, turns: Sequence[Turn], tools: list | None) -> Skeleton | None:
+        key = (tuple(turn.get("role") for turn in turns), json.dumps(tools, sort_keys=True) if tools else None)
+        if key not in self._skeletons:
+            if len(self._skeletons) >= _MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = self._render_skeleton(turns, tools)
+        return self._skeletons[key]
+
+    def _render_skeleton(self, turns: Sequence[Turn], tools: list | None) -> Skeleton | None:
+        markers = [_MARKER.format(index) for index in range(len(turns))]
+        marked = [{**turn, "content": marker} for turn, marker in zip(turns, markers, strict=True)]
+        try:
+            text = self.render(marked, tools=tools)
+        except _RENDER_ERRORS:
+            return None
+        if any(text.count(marker) > 1 for marker in markers):
+            return None
+        places = sorted((text.index(marker), index) for index, marker in enumerate(markers) if marker in text)
+        literals, position = [], 0
+        for place, index in places:
+            literals.append(text[position:place])
+            position = place + len(markers[index])
+        return Skeleton(tuple(index for _, index in places), (*literals, text[position:]))
+
+    @staticmethod
+    def _match(text: str, turns: Sequence[Turn], skeleton: Skeleton | None) -> list[Span | None] | None:
+        """The spans of all turns, when skeleton and contents together are exactly `text`."""
+        if skeleton is None or not text.startswith(skeleton.literals[0]):
+            return None
+        spans: list[Span | None] = [None] * len(turns)
+        position = len(skeleton.literals[0])
+        for place, index in enumerate(skeleton.order):
+            literal = skeleton.literals[place + 1]
+            last = place + 1 == len(skeleton.order)
+            content = turns[index]["content"]
+            for written in (content, content.strip(), content.rstrip(), content.lstrip()):
+                end = position + len(written)
+                if not text.startswith(written, position) or not text.startswith(literal, end):
+                    continue
+                if not last or end + len(literal) == len(text):
+                    break
+            else:
+                return None
+            spans[index] = (position, end) if written else None
+            position = end + len(literal)
+        return spans if position == len(text) else None
+
+    def _one(self, text: str, turns: Sequence[Turn], tools: list | None, index: int) -> Span | None:
+        """The span of one turn, from renders in which only that turn is replaced."""
+        marker = _MARKER.format("x")
+        while marker in text:
+            marker += "z"
+        dummy = {"role": turns[index].get("role"), "content": marker}
+        whole = self._try_render([*turns[:index], dummy, *turns[index + 1 :]], tools)
+        if whole is not None and whole.count(marker) == 1:
+            before, after = whole.split(marker)
+            if len(before) + len(after) <= len(text) and text.startswith(before) and text.endswith(after):
+                return _span(len(before), len(text) - len(after))
+        return self._in_prefix(text, turns, tools, index, dummy) or self._in_whole(text, turns, tools, index, whole, marker)
+
+    def _in_prefix(self, text: str, turns: Sequence[Turn], tools: list | None, index: int, dummy: Turn) -> Span | None:
+        """The span found in the conversation up to the turn, when the text begins with it."""
+        upto = self._try_render(turns[: index + 1], tools)
+        marked = self._try_render([*turns[:index], dummy], tools)
+        if upto is None or marked is None or marked.count(dummy["content"]) != 1:
+            return None
+        before, after = marked.split(dummy["content"])
+        start = _common_prefix(upto, before)
+        end = len(upto) - _common_suffix(upto[start:], after)
+        if upto[:end] != text[:end]:
+            return None
+        if start < len(before):
+            start = self._generated_from(text, turns, tools, index, start)
+        return _span(start, end)
+
+    def _in_whole(
+        self, text: str, turns: Sequence[Turn], tools: list | None, index: int, whole: str | None, marker: str
+    ) -> Span | None:
+        """What differs between the text and `whole`, when none of it belongs to the turns beside."""
+        if whole is None or whole.count(marker) != 1:
+            return None
+        before, after = whole.split(marker)
+        start = _common_prefix(text, before)
+        end = len(text) - _common_suffix(text[start:], after)
+        own = str(turns[index].get("content") or "")
+        for beside in (index - 1, index + 1):
+            other = str(turns[beside].get("content") or "").strip() if 0 <= beside < len(turns) else ""
+            if other and other in text[start:end] and other not in own:
+                return None
+        if start < len(before):
+            start = self._generated_from(text, turns, tools, index, start)
+        return _span(start, end)
+
+    def _generated_from(self, text: str, turns: Sequence[Turn], tools: list | None, index: int, start: int) -> int:
+        """Where the assistant begins to write.
+
+        A template that writes `<think>` differently for turns with and without reasoning makes the turns differ only
+        after the part that both have. The model has to write that part too: it begins after the generation prompt.
+        """
+        if turns[index].get("role") != "assistant":
+            return start
+        prompt = self._try_render(turns[:index], tools, add_generation_prompt=True)
+        if prompt is not None and len(prompt) <= start and text.startswith(prompt):
+            return len(prompt)
+        return start
+
+    def _try_render(self, turns: Sequence[Turn], tools: list | None, add_generation_prompt: bool = False) -> str | None:
+        try:
+            return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt)
+        except _RENDER_ERRORS:
+            return None
+
+
+def _span(start: int, end: int) -> Span | None:
+    return (start, end) if start < end else None
+
+
+def _common_prefix(one: str, other: str) -> int:
+    return len(os.path.commonprefix([one, other]))
+
+
+def _common_suffix(one: str, other: str) -> int:
+    return len(os.path.commonprefix([one[::-1], other[::-1]]))

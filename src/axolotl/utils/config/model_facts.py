@@ -1,0 +1,51 @@
+"""What the model's own config says, and where model, tokenizer and processor are read from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from axolotl.utils.dict import DictDefault
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Model types of each family; a name that contains the family's word counts too.
+FAMILIES = {
+    "llama": ("llama", "mllama_text_model"),
+    "falcon": ("falcon",),
+    "mistral": ("mistral",),
+    "qwen": ("qwen",),
+}
+
+
+def resolve_model_facts(cfg: DictDefault) -> None:
+    """Fill where things are read from, and what kind of model it is. Loads the model's config.
+
+    Raises:
+        ModelError: the model's config cannot be loaded.
+    """
+    from axolotl.loaders import load_model_config
+
+    cfg.base_model_config = cfg.base_model_config or cfg.base_model
+    cfg.tokenizer_config = cfg.tokenizer_config or cfg.base_model_config
+    model_config = load_model_config(cfg)
+    cfg.model_config_type = model_config.model_type
+    cfg.model_config_type_text = model_config.get_text_config().model_type
+    cfg.is_multimodal = bool(cfg.is_multimodal) or reads_more_than_text(model_config)
+    if cfg.is_multimodal:
+        cfg.processor_config = cfg.processor_config or cfg.base_model_config
+    for family, model_types in FAMILIES.items():
+        key = f"is_{family}_derived_model"
+        names = (str(cfg.base_model).lower(), str(cfg.type_of_model or "").lower())
+        cfg[key] = bool(cfg[key]) or model_config.model_type in model_types or any(family in name for name in names)
+
+
+def reads_more_than_text(model_config: PretrainedConfig) -> bool:
+    """Whether the model takes images, audio or video beside text."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+
+    takes_more = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    return model_config.model_type in takes_more

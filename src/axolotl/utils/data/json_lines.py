@@ -1,0 +1,199 @@
+"""Reads JSON rows exactly as written.
+
+Arrow's own JSON reader gives every struct the union of all keys, reorders them, turns strings that look like dates into
+dates, and gives up when a field is text in one row and a list in another. Training text must be what the file says. So rows
+are parsed one by one; texts, numbers and lists of them become Arrow columns, everything else is kept as JSON and comes back
+as the same Python object.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
+
+from axolotl.exceptions import DatasetError
+
+ROWS_PER_BLOCK = 10_000
+BYTES_PER_BLOCK = 32 << 20
+INT64 = range(-(2**63), 2**63)
+
+# Kinds of column, from what its values are. "null" and "list_null" join with what later rows bring.
+KINDS: dict[str, Any] = {
+    "null": Value("null"),
+    "string": Value("string"),
+    "bool": Value("bool"),
+    "int64": Value("int64"),
+    "float64": Value("float64"),
+    "list_null": [Value("null")],
+    "list_int64": [Value("int64")],
+    "list_string": [Value("string")],
+}
+
+
+def can_read(files: Sequence[Path]) -> bool:
+    """Rows one per line, or one list of rows. Other JSON files (an object of columns) are left to `datasets`."""
+    return hasattr(datasets, "Json") and all(_first_bytes(file) for file in files)
+
+
+def _first_bytes(file: Path) -> bool:
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"["):
+        return True
+    line = head.partition(b"\n")[0].rstrip()
+    return head.startswith(b"{") and (line.endswith(b"}") or len(line) >= (1 << 16) - 4)
+
+
+def read(files: Sequence[Path], cache_dir: str | None = None) -> Dataset:
+    """The rows of JSON files.
+
+    Args:
+        files: JSON lines, or one JSON list of rows; may be compressed.
+        cache_dir: where the Arrow file is written; a temporary folder by default.
+
+    Raises:
+        DatasetError: a line is no JSON object; names file and line.
+    """
+    folder = tempfile.mkdtemp(prefix="json-", dir=cache_dir)
+    kinds: dict[str, str] = {}
+    while not _write(files, kinds, Path(folder) / "rows.arrow"):
+        pass  # a later row widened a column; kinds can only widen, so this ends
+    return Dataset.from_file(str(Path(folder) / "rows.arrow"))
+
+
+def _write(files: Sequence[Path], kinds: dict[str, str], target: Path) -> bool:
+    """Write all rows. False when a row did not fit `kinds`, which is then wider. Kinds grow freely before the first block."""
+    writer: ArrowWriter | None = None
+    num_rows = 0
+    for block in _blocks(files):
+        num_rows += len(block)
+        before = dict(kinds)
+        columns = {
+            name: [row.get(name) for row in block] for name in {**kinds, **{key: 0 for row in block for key in row}}
+        }
+        for name, values in columns.items():
+            kinds[name] = join_kinds(kinds.get(name, "null"), kind_of_column(values))
+        if writer is not None and kinds != before:
+            writer.close()
+            return False
+        features = Features({name: KINDS[kind] if kind in KINDS else datasets.Json() for name, kind in kinds.items()})
+        if writer is None:
+            writer = ArrowWriter(features=features, path=str(target))
+        arrays = [_array(columns[name], kind, features.arrow_schema.field(name).type) for name, kind in kinds.items()]
+        writer.write_table(pa.Table.from_arrays(arrays, schema=features.arrow_schema))
+    if writer is None or not kinds:
+        raise DatasetError(f"dataset file {', '.join(map(str, files))} holds no rows.")
+    writer.finalize()
+    return True
+
+
+def _array(values: list[Any], kind: str, arrow_type: pa.DataType) -> pa.Array:
+    if kind in KINDS:
+        return pa.array(values, type=arrow_type)
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.ExtensionArray.from_storage(arrow_type, pa.array(texts, type=arrow_type.storage_type))
+
+
+def kind_of_column(values: list[Any]) -> str:
+    """The narrowest kind that holds all values."""
+    types = set(map(type, values)) - {type(None)}
+    if not types:
+        return "null"
+    if len(types) > 1:
+        return "json"
+    only = types.pop()
+    if only is str:
+        return "string"
+    if only is bool:
+        return "bool"
+    if only is float:
+        return "float64"
+    if only is int:
+        return "int64" if all(value is None or value in INT64 for value in values) else "json"
+    if only is not list:
+        return "json"
+    inner = set().union(*(set(map(type, value)) for value in values if value))
+    if not inner:
+        return "list_null"
+    if inner == {str}:
+        return "list_string"
+    if inner == {int} and all(min(value) in INT64 and max(value) in INT64 for value in values if value):
+        return "list_int64"
+    return "json"
+
+
+def join_kinds(one: str, other: str) -> str:
+    """The narrowest kind that holds both."""
+    if one == other or other == "null":
+        return one
+    if one == "null":
+        return other
+    if one.startswith("list_") and other.startswith("list_") and "list_null" in (one, other):
+        return other if one == "list_null" else one
+    return "json"
+
+
+def _blocks(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
+    """Rows in blocks that bound memory."""
+    block: list[dict[str, Any]] = []
+    size = 0
+    for file in files:
+        for row, row_bytes in _rows(file):
+            block.append(row)
+            size += row_bytes
+            if len(block) >= ROWS_PER_BLOCK or size >= BYTES_PER_BLOCK:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def _rows(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        start = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+        stream.seek(0)
+        if start.startswith(b"["):
+            yield from _list_rows(file, stream.read())
+            return
+        for number, line in enumerate(stream, 1):
+            text = line.lstrip(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.isspace():
+                yield _parse(text, file, f"line {number}"), len(text)
+
+
+def _list_rows(file: Path, content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise DatasetError(f"dataset file {file} is not valid JSON: {error}") from error
+    size = len(content) // max(len(rows), 1)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DatasetError(f"dataset file {file}, row {number}: expected an object of fields, got {_short(row)}.")
+        yield row, size
+
+
+def _parse(line: bytes, file: Path, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:
+        raise DatasetError(
+            f"dataset file {file}, {where} is not valid JSON: {error}. The line starts {_short(line)}."
+        ) from error
+    if not isinstance(row, dict):
+        raise DatasetError(f"dataset file {file}, {where}: expected an object of fields, got {_short(row)}.")
+    return row
+
+
+def _short(value: Any) -> str:
+    text = value.decode(errors="replace").strip() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
+    return repr(text if len(text) <= 60 else text[:57] + "...")

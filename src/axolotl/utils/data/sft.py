@@ -1,0 +1,369 @@
+"""Data handling specific to SFT: from `datasets` and `test_datasets` of a config to prepared rows.
+
+Per dataset: open, tokenize, length policy, rows without a trained token out. Then: merge, drop duplicates, shuffle, shard,
+write to the cache. After that, and not cached: the validation split and the number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from axolotl.exceptions import DatasetError
+from axolotl.utils.data import cache, report
+from axolotl.utils.data.dedup import drop_duplicates
+from axolotl.utils.data.fingerprint import dataset_key
+from axolotl.utils.data.lock import hold_lock
+from axolotl.utils.data.rows import add_pose_position_ids, apply_length_policy, count_trained_tokens, select_rows
+from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
+from axolotl.utils.data.steps import calculate_total_num_steps, packing_summary
+from axolotl.utils.data.tokenize import dataset_name, tokenize_dataset
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.samplers.utils import get_dataset_lengths
+
+LOG = get_logger(__name__)
+
+DEFAULT_PREPARED_PATH = "last_run_prepared"
+
+
+@dataclass
+class Prepared:
+    """What preparation gives.
+
+    Attributes:
+        train: rows to train on.
+        evaluation: rows held out, or None.
+        total_num_steps: optimizer steps of the run.
+        report: numbers of the training rows (see `report.summarize`), or None for rows that are not prepared.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    total_num_steps: int
+    report: dict[str, Any] | None = None
+
+
+def prepare_datasets(
+    cfg: DictDefault, tokenizer: Any, processor: Any = None
+) -> tuple[Dataset, Dataset | None, int, list[Any]]:
+    """Prepare training and evaluation datasets based on configuration.
+
+    Args:
+        cfg: the config. `total_num_tokens`, `total_supervised_tokens` and `sample_packing_eff_est` are filled in.
+        tokenizer: the tokenizer of the run.
+        processor: the processor of a multimodal model.
+
+    Returns:
+        `(train, eval or None, total optimizer steps, prompters)`. The list of prompters is kept for callers that unpack four
+        values and is empty: strategies belong to the preparation and are not needed after it.
+
+    Raises:
+        DatasetError: a source cannot be read, a row not be tokenized, or nothing is left to train on.
+    """
+    prepared = prepare(cfg, tokenizer, processor)
+    return prepared.train, prepared.evaluation, prepared.total_num_steps, []
+
+
+def prepare(cfg: DictDefault, tokenizer: Any, processor: Any = None) -> Prepared:
+    """As `prepare_datasets`, with the report."""
+    if cfg.skip_prepare_dataset:
+        return _raw_datasets(cfg)
+    train, summary = prepare_part(cfg, cfg.datasets or [], tokenizer, processor, "train")
+    if cfg.test_datasets:
+        evaluation, _ = prepare_part(cfg, cfg.test_datasets, tokenizer, processor, "test")
+        if cfg.dataset_exact_deduplication:
+            evaluation = _without_rows_of(evaluation, train)
+    else:
+        train, evaluation = split_validation(train, cfg)
+        evaluation = _fit_evaluation(evaluation, cfg)
+    total_num_steps = calculate_total_num_steps(cfg, train)
+    summary = {
+        **summary,
+        "rows_to_train": len(train),
+        "rows_to_evaluate": len(evaluation or ()),
+        "steps": total_num_steps,
+    }
+    if cfg.sample_packing:
+        summary["packing"] = packing_summary(cfg, train)
+    report.log_report(summary)
+    return Prepared(train, evaluation, total_num_steps, summary)
+
+
+def prepare_part(
+    cfg: DictDefault, entries: Sequence[DictDefault], tokenizer: Any, processor: Any, part: str
+) -> tuple[Dataset, dict[str, Any]]:
+    """The rows of `datasets` (`part="train"`) or `test_datasets` (`part="test"`), from the cache or made now.
+
+    Without `dataset_prepared_path` the cache is `last_run_prepared`. What lies there is used only when its key is the same,
+    and the key covers all that the rows depend on.
+    """
+    root = Path(cfg.dataset_prepared_path or DEFAULT_PREPARED_PATH)
+    entries = [DictDefault(entry) for entry in entries]
+    key = dataset_key(cfg, entries, tokenizer, part)
+    folder = root / key
+    keep_in_memory = bool(cfg.dataset_keep_in_memory)
+    rebuild = os.environ.get("AXOLOTL_IS_PREPROCESS") == "1"
+    with hold_lock(root / f"{key}.lock"):
+        found = None if rebuild else cache.load_prepared(folder, keep_in_memory) or _from_hub(cfg, key)
+        if found is not None:
+            LOG.info(f"prepared dataset ({part}) with the same content found in {folder}: {len(found[0]):,} rows")
+            return found
+        with cache.build_folder(root, key) as aside, _scratch(aside):
+            dataset, found_report = build_rows(cfg, entries, tokenizer, processor, part, str(aside))
+            cache.save_prepared(dataset, folder, found_report, aside, cfg.num_dataset_shards_to_save)
+            del dataset
+        LOG.info(f"prepared dataset ({part}) written to {folder}")
+        found = cache.load_prepared(folder, keep_in_memory)
+    if found is None:
+        raise DatasetError(f"the prepared dataset in {folder} was damaged right after it was written. Check the disk.")
+    if cfg.push_dataset_to_hub and int(os.environ.get("RANK", "0")) == 0:
+        found[0].push_to_hub(cfg.push_dataset_to_hub, config_name=key, private=True)
+    return found
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Intermediate Arrow files go to `folder` and are made anew: only the finished dataset is kept."""
+    was_enabled, was_temp = datasets.is_caching_enabled(), tempfile.tempdir
+    datasets.disable_caching()
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = was_temp
+        if was_enabled:
+            datasets.enable_caching()
+
+
+def _from_hub(cfg: DictDefault, key: str) -> tuple[Dataset, dict[str, Any]] | None:
+    """The prepared dataset that an earlier run pushed to `push_dataset_to_hub`."""
+    if not cfg.push_dataset_to_hub:
+        return None
+    try:
+        pushed = datasets.load_dataset(
+            cfg.push_dataset_to_hub, key, split="train", token=True if cfg.hf_use_auth_token else None
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError):
+        return None
+    return pushed, report.summarize(pushed, [])
+
+
+def build_rows(
+    cfg: DictDefault, entries: Sequence[DictDefault], tokenizer: Any, processor: Any, part: str, cache_dir: str
+) -> tuple[Dataset, dict[str, Any]]:
+    """Open, tokenize, filter, merge and order the rows of all entries."""
+    prepared, reports = [], []
+    for entry in datasets_with_name_generator(entries):
+        dataset, entry_report = build_entry(cfg, entry, tokenizer, processor, part, cache_dir)
+        reports.append(entry_report)
+        if len(dataset):
+            prepared.append(dataset)
+    if not prepared:
+        raise DatasetError(_nothing_left(reports))
+    merged, num_duplicates = merge_datasets(prepared, cfg)
+    summary = report.summarize(merged, reports)
+    summary["duplicates"] = num_duplicates
+    return merged, summary
+
+
+def _nothing_left(reports: list[dict[str, Any]]) -> str:
+    lines = ["no row is left to train on."]
+    for entry in reports:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
+        lines.append(f"dataset {entry['name']}: {entry['rows_read']:,} rows read; dropped: {reasons or 'none'}.")
+    lines.append(
+        "Rows that are too long: raise `sequence_len` or write `excess_length_strategy: truncate`. Rows without a trained "
+        "token: check `type`, the names of the fields and roles, `roles_to_train` and `train_on_inputs`."
+    )
+    return "\n".join(lines)
+
+
+def build_entry(
+    cfg: DictDefault, entry: DictDefault, tokenizer: Any, processor: Any, part: str, cache_dir: str
+) -> tuple[Dataset, dict[str, Any]]:
+    """One dataset: its rows as tokens, and what became of them."""
+    name = dataset_name(entry)
+    raw = load_dataset_with_config(entry, cfg.hf_use_auth_token, cache_dir=cache_dir)
+    if not isinstance(raw, Dataset) or not len(raw):
+        raise DatasetError(f"dataset {name} is empty.")
+    raw = take_shard(raw, entry, int(cfg.seed or 0))
+    rows_read = len(raw)
+    tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor)
+    rows_made = len(tokens)
+    tokens = _with_lengths(tokens)
+    sequence_len, key = _sequence_len(cfg, part)
+    tokens, dropped, truncated = apply_length_policy(
+        tokens,
+        name,
+        sequence_len=sequence_len,
+        min_len=2 if cfg.min_sample_len is None else int(cfg.min_sample_len),
+        strategy=cfg.excess_length_strategy or "drop",
+        key=key,
+    )
+    if "labels" in tokens.column_names:
+        trained = count_trained_tokens(tokens) > 0
+        if not trained.all():
+            dropped["without a trained token"] = int((~trained).sum())
+            tokens = select_rows(tokens, trained)
+    if cfg.use_pose:
+        tokens = _with_pose(tokens, cfg)
+    for reason, count in dropped.items():
+        LOG.warning(f"dataset {name}: {count:,} of {rows_made:,} rows dropped: {reason}")
+    if truncated:
+        LOG.warning(f"dataset {name}: {truncated:,} of {rows_made:,} rows cut to {sequence_len} tokens")
+    return tokens, {
+        "name": name,
+        "rows_read": rows_read,
+        "rows_made": rows_made,
+        "rows_kept": len(tokens),
+        "dropped": dropped,
+        "truncated": truncated,
+    }
+
+
+def _sequence_len(cfg: DictDefault, part: str) -> tuple[int, str]:
+    if part == "test" and cfg.eval_sequence_len:
+        return int(cfg.eval_sequence_len), "eval_sequence_len"
+    return int(cfg.sequence_len or 512), "sequence_len"
+
+
+def _with_lengths(dataset: Dataset) -> Dataset:
+    lengths = get_dataset_lengths(dataset.remove_columns("length") if "length" in dataset.column_names else dataset)
+    if "length" in dataset.column_names:
+        dataset = dataset.remove_columns("length")
+    return dataset.add_column("length", lengths.astype(np.int32))
+
+
+def _with_pose(dataset: Dataset, cfg: DictDefault) -> Dataset:
+    """Positions for PoSE. The draws of a row depend on `seed` and the row alone, not on the number of processes."""
+
+    def with_positions(row: dict[str, Any], index: int) -> dict[str, Any]:
+        random.seed(f"{cfg.seed}:{index}")
+        row = add_pose_position_ids(
+            row,
+            max_context_len=int(cfg.pose_max_context_len or 32768),
+            split_on_token_ids=cfg.pose_split_on_token_ids,
+            chunks=int(cfg.pose_num_chunks or 2),
+        )
+        return {"position_ids": row["position_ids"]}
+
+    state = random.getstate()
+    try:
+        return dataset.map(with_positions, with_indices=True, desc="Adding PoSE positions")
+    finally:
+        random.setstate(state)
+
+
+def merge_datasets(prepared: Sequence[Dataset], cfg: DictDefault) -> tuple[Dataset, int]:
+    """Put datasets together in the order that the shuffle keys ask for.
+
+    Returns:
+        `(rows, duplicates dropped)`.
+    """
+    seed = int(cfg.seed or 0)
+    shuffle = cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling
+    if cfg.shuffle_before_merging_datasets:
+        prepared = [dataset.shuffle(seed=seed) for dataset in prepared]
+    merged = prepared[0] if len(prepared) == 1 else concatenate_datasets(_alike(prepared))
+    num_duplicates = 0
+    if cfg.dataset_exact_deduplication:
+        merged, num_duplicates = drop_duplicates(merged)
+        LOG.info(f"{num_duplicates:,} duplicate rows dropped (`dataset_exact_deduplication: true`)")
+    if shuffle:
+        merged = merged.shuffle(seed=seed)
+    if cfg.dataset_shard_num and cfg.dataset_shard_idx is not None:
+        merged = merged.shard(num_shards=int(cfg.dataset_shard_num), index=int(cfg.dataset_shard_idx))
+    return merged, num_duplicates
+
+
+def _alike(prepared: Sequence[Dataset]) -> list[Dataset]:
+    """The same columns of the same types, so that datasets can be put together."""
+    common = set.intersection(*(set(dataset.column_names) for dataset in prepared))
+    extra = set.union(*(set(dataset.column_names) for dataset in prepared)) - common
+    if extra:
+        LOG.warning(f"columns that not every dataset has are left out: {', '.join(sorted(extra))}")
+    columns = [column for column in prepared[0].column_names if column in common]
+    features = prepared[0].select_columns(columns).features
+    alike = [dataset.select_columns(columns) for dataset in prepared]
+    return [dataset if dataset.features == features else dataset.cast(features) for dataset in alike]
+
+
+def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Dataset | None]:
+    """Set rows aside for evaluation: a share (`val_set_size` up to 1) or a number of rows.
+
+    A shuffled dataset gives its last rows. One that keeps its order gives rows drawn by `seed`, in their order: its last rows
+    would all be of one kind.
+    """
+    size = float(cfg.val_set_size or 0)
+    if size <= 0:
+        return dataset, None
+    num_eval = math.ceil(size * len(dataset)) if size <= 1 else int(size)
+    if num_eval >= len(dataset):
+        raise DatasetError(
+            f"`val_set_size: {cfg.val_set_size}` takes {num_eval:,} rows, but there are only {len(dataset):,}: none would be "
+            "left to train on. Write a smaller number."
+        )
+    ordered = cfg.shuffle_merged_datasets is False or cfg.curriculum_sampling
+    chosen = np.zeros(len(dataset), dtype=bool)
+    if ordered:
+        chosen[np.random.default_rng(int(cfg.seed or 0)).permutation(len(dataset))[:num_eval]] = True
+    else:
+        chosen[len(dataset) - num_eval :] = True
+    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | None:
+    """Rows split off for evaluation, held to `eval_sequence_len` when it is shorter than `sequence_len`."""
+    if evaluation is None or not cfg.eval_sequence_len or cfg.eval_sequence_len >= (cfg.sequence_len or 512):
+        return evaluation
+    fitted, dropped, truncated = apply_length_policy(
+        evaluation,
+        "for evaluation",
+        sequence_len=int(cfg.eval_sequence_len),
+        min_len=0,
+        strategy=cfg.excess_length_strategy or "drop",
+        key="eval_sequence_len",
+    )
+    LOG.warning(f"evaluation: {sum(dropped.values()):,} rows dropped, {truncated:,} cut (`eval_sequence_len`)")
+    return fitted
+
+
+def _without_rows_of(evaluation: Dataset, train: Dataset) -> Dataset:
+    seen: set[bytes] = set()
+    drop_duplicates(train, seen)
+    kept, num_dropped = drop_duplicates(evaluation, seen)
+    LOG.info(f"{num_dropped:,} rows of `test_datasets` are in `datasets` too and were dropped")
+    return kept
+
+
+def _raw_datasets(cfg: DictDefault) -> Prepared:
+    """`skip_prepare_dataset: true`: rows as their sources hold them; collators make tokens of them."""
+
+    def read(entries: Sequence[DictDefault]) -> Dataset:
+        opened = [
+            take_shard(load_dataset_with_config(entry, cfg.hf_use_auth_token), entry, int(cfg.seed or 0))
+            for entry in datasets_with_name_generator([DictDefault(entry) for entry in entries])
+        ]
+        return opened[0] if len(opened) == 1 else concatenate_datasets(_alike(opened))
+
+    train = read(cfg.datasets or [])
+    if cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling:
+        train = train.shuffle(seed=int(cfg.seed or 0))
+    if cfg.test_datasets:
+        evaluation: Dataset | None = read(cfg.test_datasets)
+    else:
+        train, evaluation = split_validation(train, cfg)
+    unpacked = DictDefault({**cfg, "sample_packing": False})
+    return Prepared(train, evaluation, calculate_total_num_steps(unpacked, train, update=False))

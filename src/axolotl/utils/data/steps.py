@@ -1,0 +1,104 @@
+"""How many optimizer steps a run takes: exact before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from datasets import Dataset
+
+from axolotl.utils.data.rows import count_trained_tokens
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.samplers.epoch import EpochSampler
+from axolotl.utils.samplers.geometry import packing_geometry
+from axolotl.utils.samplers.multipack import MultipackBatchSampler
+from axolotl.utils.samplers.utils import get_dataset_lengths
+
+LOG = get_logger(__name__)
+
+
+def data_parallel_size(cfg: DictDefault) -> int:
+    """Ranks that see different data: all of them, over those that share a batch."""
+    world = int(cfg.world_size or os.environ.get("WORLD_SIZE") or 1)
+    return max(1, world // int(cfg.tensor_parallel_size or 1) // int(cfg.context_parallel_size or 1))
+
+
+def build_multipack_sampler(
+    dataset: Dataset, cfg: DictDefault, *, is_eval: bool = False, num_ranks: int | None = None
+) -> MultipackBatchSampler:
+    """The packed batches of a dataset, as a config asks for them.
+
+    Args:
+        dataset: prepared rows.
+        cfg: the packing keys, `seed` and the shuffle keys are read.
+        is_eval: the evaluation set: its own sizes, and the order of the dataset.
+        num_ranks: data-parallel ranks; from `cfg` by default.
+    """
+    geometry = packing_geometry(cfg, is_eval)
+    shuffle = not (is_eval or cfg.curriculum_sampling)
+    return MultipackBatchSampler(
+        EpochSampler(len(dataset), seed=int(cfg.seed or 0), shuffle=shuffle),
+        batch_size=geometry.num_rows,
+        batch_max_len=geometry.capacity,
+        lengths=get_dataset_lengths(dataset),
+        drop_last=bool(cfg.dataloader_drop_last) and not is_eval,
+        sequential=bool(cfg.sample_packing_sequentially),
+        group_size=int(cfg.sample_packing_group_size or 100_000),
+        bin_size=int(cfg.sample_packing_bin_size or 200),
+        batch_multiple=num_ranks or data_parallel_size(cfg),
+    )
+
+
+def num_batches_per_rank(cfg: DictDefault, dataset: Dataset) -> int:
+    """Micro-batches of one epoch on each data-parallel rank."""
+    ranks = data_parallel_size(cfg)
+    if cfg.sample_packing:
+        return len(build_multipack_sampler(dataset, cfg, num_ranks=ranks)) // ranks
+    size = int(cfg.micro_batch_size or 1)
+    if cfg.dataloader_drop_last:
+        return len(dataset) // size // ranks
+    return math.ceil(math.ceil(len(dataset) / size) / ranks)
+
+
+def calculate_total_num_steps(cfg: DictDefault, train_dataset: Dataset, update: bool = True) -> int:
+    """Optimizer steps of the whole run, counted as transformers' `Trainer` counts them.
+
+    Steps of an epoch are the micro-batches of one rank over `gradient_accumulation_steps`, rounded up: the last step may
+    have fewer. `max_steps` caps the run.
+
+    Args:
+        cfg: the config.
+        train_dataset: prepared rows.
+        update: also write `total_num_tokens`, `total_supervised_tokens` and `sample_packing_eff_est` into `cfg`.
+    """
+    if update:
+        _count_tokens(cfg, train_dataset)
+    steps_per_epoch = max(
+        1, math.ceil(num_batches_per_rank(cfg, train_dataset) / int(cfg.gradient_accumulation_steps or 1))
+    )
+    total = math.ceil(float(cfg.num_epochs or 1) * steps_per_epoch)
+    return min(total, int(cfg.max_steps)) if cfg.max_steps and cfg.max_steps > 0 else total
+
+
+def _count_tokens(cfg: DictDefault, dataset: Dataset) -> None:
+    if not cfg.total_num_tokens:
+        cfg["total_num_tokens"] = int(get_dataset_lengths(dataset).sum())
+        LOG.debug(f"total_num_tokens: {cfg.total_num_tokens:_}")
+    if not cfg.total_supervised_tokens and "labels" in dataset.column_names:
+        cfg["total_supervised_tokens"] = int(count_trained_tokens(dataset).sum())
+        LOG.debug(f"total_supervised_tokens: {cfg.total_supervised_tokens:_}")
+    if cfg.sample_packing and not cfg.sample_packing_eff_est:
+        cfg["sample_packing_eff_est"] = build_multipack_sampler(dataset, cfg, num_ranks=1).efficiency()
+
+
+def packing_summary(cfg: DictDefault, dataset: Dataset) -> dict[str, Any]:
+    """How well the rows fill their bins, for the report."""
+    sampler = build_multipack_sampler(dataset, cfg, num_ranks=1)
+    return {
+        "bins": sampler.plan.num_bins,
+        "capacity": sampler.batch_max_len,
+        "efficiency": sampler.efficiency(),
+        "rows_per_bin": len(dataset) / max(sampler.plan.num_bins, 1),
+    }

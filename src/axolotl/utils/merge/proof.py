@@ -1,0 +1,131 @@
+"""Proof that a merged model answers as base plus adapter do.
+
+The logits of both are computed on the same token rows, one model in memory at a time, and compared. The reference is
+PEFT's unmerged forward over the base as it was loaded in training, so nothing of the merge is trusted.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from axolotl.utils.merge.four_bit import FourBit
+
+NUM_ROWS, ROW_LENGTH = 2, 32
+# Largest accepted RMS of the logit difference over the RMS of the (centred) logits. float32: rounding of sums;
+# half types: rounding of the written weights (2^-11, 2^-8 relative), grown through some hundred layers.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class LogitProof:
+    """How far the merged model's logits are from those of base plus adapter.
+
+    Args:
+        max_abs: largest difference of two logits.
+        relative: RMS of the difference over RMS of the centred logits.
+        kl: mean KL divergence, in nats, of the merged model's next-token distribution from the adapter's.
+        kl_base: the same for the base model without adapter: what a merge that changed nothing would score; None if the
+            vocabularies differ.
+        tolerance: largest accepted `relative`.
+        dtype: dtype of the forward passes.
+    """
+
+    max_abs: float
+    relative: float
+    kl: float
+    kl_base: float | None
+    tolerance: float
+    dtype: torch.dtype
+
+    @property
+    def holds(self) -> bool:
+        return self.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        base = "" if self.kl_base is None else f" (base model without adapter: {self.kl_base:.2e})"
+        return (
+            f"logits of {NUM_ROWS} x {ROW_LENGTH} tokens in {str(self.dtype).removeprefix('torch.')}: largest difference "
+            f"{self.max_abs:.2e}, relative {self.relative:.2e} (accepted {self.tolerance:.0e}), KL {self.kl:.2e} nats{base}"
+        )
+
+
+def dtype_that_fits(num_params: int, stored: torch.dtype) -> torch.dtype | None:
+    """The dtype to compare whole models in: float32, else as stored, else None when free memory holds neither."""
+    free = psutil.virtual_memory().available * 0.8
+    for dtype in (torch.float32, stored):
+        if num_params * dtype.itemsize * 1.2 < free:
+            return dtype
+    return None
+
+
+def compare_logits(
+    model_class: Any,
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    *,
+    config: PretrainedConfig,
+    num_base_rows: int,
+    dtype: torch.dtype,
+    written: torch.dtype,
+    four_bit: FourBit | None,
+    trust_remote_code: bool,
+) -> LogitProof:
+    """Compare logits on seeded random token rows.
+
+    Args:
+        config: of the trained model; its vocabulary is the one the adapter was trained with.
+        num_base_rows: rows of the base model's embedding, below which all token ids are drawn.
+        dtype: dtype of the forward passes; `written` is that of the merged weights.
+        four_bit: how the base was quantized in training, when the merge reproduces it.
+    """
+    rows = torch.randint(num_base_rows, (NUM_ROWS, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    quantized = {} if four_bit is None else {"quantization_config": four_bit.to_transformers()}
+    model = model_class.from_pretrained(base, **kwargs, **quantized)
+    vocab_size = config.get_text_config().vocab_size
+    plain = None
+    if model.get_input_embeddings().weight.shape[0] != vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=True)
+    else:
+        plain = _log_probs(_logits(model, rows))
+    expected = _logits(PeftModel.from_pretrained(model, adapter), rows)
+    del model
+    gc.collect()
+    got = _logits(model_class.from_pretrained(merged, **kwargs), rows)
+    gc.collect()
+    shared = min(expected.shape[-1], got.shape[-1], num_base_rows)
+    expected, got = expected[..., :shared], got[..., :shared]
+    difference = got - expected
+    centred = expected - expected.mean()
+    reference = _log_probs(expected)
+    return LogitProof(
+        max_abs=difference.abs().max().item(),
+        relative=(difference.pow(2).mean() / centred.pow(2).mean()).sqrt().item(),
+        kl=_kl(reference, _log_probs(got)),
+        kl_base=None if plain is None or plain.shape != reference.shape else _kl(reference, plain),
+        tolerance=max(TOLERANCES[dtype], TOLERANCES[written], TOLERANCES[torch.bfloat16] if four_bit else 0.0),
+        dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel | PeftModel, rows: torch.Tensor) -> torch.Tensor:
+    output = model.eval()(input_ids=rows.to(model.device))
+    return output.logits.float().cpu()
+
+
+def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits, dim=-1)
+
+
+def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return (reference.exp() * (reference - other)).sum(-1).mean().item()

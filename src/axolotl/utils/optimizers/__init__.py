@@ -1,0 +1,1 @@
+"""Optimizers beyond those of transformers, and the param groups of a run."""
