@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
+from axolotl._not_built import NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, is_set
 from axolotl.cli.config_schema import plugin_models
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.deprecated import ALIASES
@@ -92,7 +93,10 @@ def options() -> list[dict[str, Any]]:
             rows.append(option(name, field, group))
             sections = list(models_in(field.annotation))
             if len(sections) == 1 and get_origin(strip_none(field.annotation)) is not list:
-                rows += [option(f"{name}.{child}", child_field, group) for child, child_field in sections[0].model_fields.items()]
+                rows += [
+                    option(f"{name}.{child}", child_field, group)
+                    for child, child_field in sections[0].model_fields.items()
+                ]
     known = {row["flag"]: row for row in rows}
     for alias, name in ALIASES.items():
         target = known[flag_of(name)]
@@ -125,21 +129,27 @@ def strip_none(annotation: Any) -> Any:
 def reference() -> str:
     """The reference page."""
     described: set[type[BaseModel]] = set()
-    return "\n".join([INTRODUCTION, *(line for title, fields in groups() for line in section(title, fields, 2, described))])
+    return "\n".join(
+        [INTRODUCTION, *(line for title, fields in groups() for line in section(title, fields, 2, described))]
+    )
 
 
 def section(title: str, fields: dict[str, FieldInfo], level: int, described: set[type[BaseModel]]) -> Iterator[str]:
     """A table of keys, then a table for each section among them that was not described before."""
     yield f"{'#' * level} {title}\n"
+    if any(plugin in title for plugin in PLUGINS_NOT_BUILT):
+        yield "Not implemented yet.\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in fields.items():
-        yield f"| `{name}` | {cell(type_words(field.annotation))} | {default_of(field)} | {meaning(name, field)} |"
+        yield f"| `{name}` | {cell(type_words(field.annotation))} | {default_of(field)} | {meaning(name, field)}{built(name, level)} |"
     yield ""
     for name, field in fields.items():
         for model in dict.fromkeys(models_in(field.annotation)):
             if model not in described:
                 described.add(model)
-                yield from section(f"`{name}`: {heading(model)}", dict(model.model_fields), min(level + 1, 6), described)
+                yield from section(
+                    f"`{name}`: {heading(model)}", dict(model.model_fields), min(level + 1, 6), described
+                )
 
 
 def cell(words: str) -> str:
@@ -151,7 +161,9 @@ def default_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=False)
-    return "" if default is None or isinstance(default, BaseModel) or field.default_factory else f"`{json.dumps(default)}`"
+    return (
+        "" if default is None or isinstance(default, BaseModel) or field.default_factory else f"`{json.dumps(default)}`"
+    )
 
 
 def meaning(name: str, field: FieldInfo) -> str:
@@ -159,6 +171,16 @@ def meaning(name: str, field: FieldInfo) -> str:
     others = [f"`{choice}`" for choice in alias.choices if choice != name] if isinstance(alias, AliasChoices) else []
     text = (field.description or "").replace("|", "\\|")
     return f"{text} Also written {', '.join(others)}." if others else text
+
+
+def built(name: str, level: int) -> str:
+    """Says of a top-level key that it is refused, or without effect."""
+    if level > 2:
+        return ""
+    if name in NOT_BUILT:
+        refused, _ = NOT_BUILT[name]
+        return " **Not implemented yet.**" if refused is is_set else " **Some values are not implemented yet.**"
+    return " **Has no effect yet.**" if name in NO_EFFECT_YET else ""
 
 
 def outputs() -> dict[Path, str]:

@@ -17,7 +17,8 @@ Refused = Callable[[Any], bool]
 
 
 def is_set(value: Any) -> bool:
-    return value is not None and value is not False
+    """Null, false, 0 and empty text, lists and mappings switch a key off."""
+    return bool(value)
 
 
 def above_one(value: Any) -> bool:
@@ -29,10 +30,6 @@ def above_one(value: Any) -> bool:
 
 def one_of(*words: str) -> Refused:
     return lambda value: isinstance(value, str) and value.strip().lower() in words
-
-
-def set_but_not(*allowed: Any) -> Refused:
-    return lambda value: is_set(value) and value not in allowed
 
 
 def offload(value: Any) -> bool:
@@ -75,11 +72,21 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "tiled_mlp": (is_set, ""),
     "llama4_linearized_experts": (is_set, ""),
     "s2_attention": (is_set, "Use `flash_attention: true`."),
-    "use_mlflow": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
-    "mlflow_experiment_name": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
-    "use_comet": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
-    "use_trackio": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
     "use_otel_metrics": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
+    "use_eaft": (is_set, ""),
+    "do_bench_eval": (is_set, ""),
+    "do_causal_lm_eval": (is_set, ""),
+    "eval_table_size": (is_set, ""),
+    "generate_samples": (is_set, ""),
+    "auto_find_batch_size": (is_set, "`axolotl plan` forecasts what fits."),
+    "use_onebitllms": (is_set, ""),
+    "fp32_norms": (is_set, ""),
+    "scaling_softmax": (is_set, ""),
+    "gemma4_hybrid_attn_impl": (is_set, ""),
+    "peft_adapter": (is_set, ""),
+    "ple_cpu_offload": (is_set, ""),
+    "quantize_moe_experts": (is_set, ""),
+    "flash_optimum": (is_set, "Use `flash_attention: true`."),
     "optimizer": (
         one_of(
             *"""optimi_adamw ao_adamw_fp8 adopt_adamw adamc came_pytorch muon dion sinkgd polora flash_adamw flash_adam
@@ -107,6 +114,15 @@ NO_EFFECT_YET = (
     "lora_qkv_kernel",
     "lora_o_kernel",
     "lora_embedding_kernel",
+    "chunked_cross_entropy",
+    "flash_attn_cross_entropy",
+    "flash_attn_fuse_mlp",
+    "flash_attn_d512",
+    "large_head_attention",
+    "fused_attn_kernel",
+    "flex_attn_compile_kwargs",
+    "torch_compile_options",
+    "async_save",
 )
 
 COMMANDS_NOT_BUILT = {

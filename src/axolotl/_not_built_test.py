@@ -1,10 +1,50 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from axolotl._not_built import NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, not_built_problems
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.schemas.deprecated import DeprecatedParameters
+from axolotl.utils.schemas.internal import InternalConfig
 from axolotl.utils.schemas.unknown import PLUGIN_OF_PREFIX
+
+# Keys that only say how another one is done -> that one. It is refused, so they are never silently ignored.
+PART_OF = {
+    "rl": """trl vllm rl_beta rl_adapter_ref_model dpo_label_smoothing dpo_loss_type dpo_loss_weights dpo_padding_free
+        dpo_use_liger_kernel dpo_use_weighting precompute_ref_log_probs cpo_alpha simpo_gamma kto_desirable_weight
+        kto_undesirable_weight""",
+    "reward_model": "center_rewards_coefficient",
+    "streaming": "streaming_multipack_buffer_size pretraining_sample_concatenation",
+    "do_bench_eval": "bench_dataset bench_split",
+    "generate_samples": """num_generation_samples generation_do_sample generation_max_new_tokens generation_prompt_ratio
+        generation_temperature generation_top_k generation_top_p""",
+    "fp8": "fp8_config fp8_enable_fsdp_float8_all_gather",
+    "use_eaft": "eaft_alpha eaft_k",
+    "fp32_norms": "fp32_norm_classes",
+    "scaling_softmax": "scaling_softmax_bias scaling_softmax_factor",
+    "tiled_mlp": "tiled_mlp_num_shards tiled_mlp_use_original_mlp",
+    "context_parallel_size": "heads_k_stride ring_attn_func",
+    "relora": "relora_cpu_offload relora_prune_method",
+    "use_ray": "ray_num_workers ray_run_name resources_per_worker",
+    "use_otel_metrics": "otel_metrics_host otel_metrics_port",
+    "optimizer": """torchdistx_path dion_lr qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size
+        qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap""",
+}
+# `cli/utils/tracking.py` hands every key with these prefixes to its tracker.
+HANDED_ON = ("wandb_", "mlflow_", "comet_", "trackio_")
+# True of every run, or without consequence for one: tokens per second are always reported, and columns that the model does
+# not take never reach it.
+ALWAYS = {
+    "low_cpu_mem_usage",
+    "save_safetensors",
+    "experimental_skip_move_to_device",
+    "include_tokens_per_second",
+    "remove_unused_columns",
+    "chunked_cross_entropy_num_chunks",
+}
 
 # Any value of these keys that asks for something.
 ASKING = {
@@ -71,3 +111,31 @@ def test_a_hint_is_accepted_and_said_to_do_nothing(caplog):
     with caplog.at_level("WARNING", logger="axolotl._not_built"):
         assert not_built_problems({"lora_mlp_kernel": True}) == []
     assert "`lora_mlp_kernel: True` has no effect yet" in caplog.text
+
+
+def test_no_key_is_silently_ignored():
+    root = Path(__file__).parent
+    code = "".join(
+        path.read_text("utf-8")
+        for path in root.rglob("*.py")
+        if not path.name.endswith("_test.py")
+        and path.name not in ("_not_built.py", "args.py")
+        # The fields themselves do not count, the checks do not either: they read keys only to judge them.
+        and "schemas" not in path.parts
+    )
+    read = set(re.findall(r"cfg\.(\w+)", code)) | set(re.findall(r"[\"'](\w+)[\"']", code))
+    parts = {key for whole, words in PART_OF.items() if whole in NOT_BUILT for key in words.split()}
+    excused = {
+        *NOT_BUILT,
+        *NO_EFFECT_YET,
+        *parts,
+        *ALWAYS,
+        *InternalConfig.model_fields,
+        *DeprecatedParameters.model_fields,
+    }
+    ignored = [
+        key
+        for key in AxolotlInputConfig.model_fields
+        if key not in read and key not in excused and not key.startswith(HANDED_ON)
+    ]
+    assert ignored == []

@@ -6,10 +6,12 @@ Whatever goes wrong in a row becomes a `DatasetError` that names the dataset, th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import generate_random_fingerprint, get_temporary_cache_files_directory
 
 from axolotl.exceptions import AxolotlError, DatasetError
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
@@ -91,11 +93,15 @@ class TokenizedPromptDataset(Dataset):
             dataset = dataset.filter(
                 self.prompt_tokenizer.filter_rows, num_proc=num_proc, desc="Strategy Filtering Rows"
             )
+        fingerprint = generate_random_fingerprint()
+        on_disk = bool(dataset.cache_files) and not self.keep_in_memory
         return dataset.map(
             TokenizeRows(self.prompt_tokenizer, self._dataset_name),
             with_indices=True,
             remove_columns=list(dataset.features),
             num_proc=num_proc,
+            new_fingerprint=fingerprint,
+            cache_file_name=_temporary_file(fingerprint) if on_disk else None,
             keep_in_memory=self.keep_in_memory,
             desc="Tokenizing Prompts",
             **_batching(self.prompt_tokenizer),
@@ -125,6 +131,15 @@ def wrap_dataset_for_tokenized_prompt(
         remove_columns=list(features),
         **_batching(prompt_tokenizer),
     )
+
+
+def _temporary_file(fingerprint: str) -> str:
+    """A file that lives as long as this process.
+
+    The prepared dataset is the cache between runs. The cache of `Dataset.map` is not used: its key is a pickle of the
+    tokenizer, which takes seconds to make and changes with every run.
+    """
+    return str(Path(get_temporary_cache_files_directory()) / f"tokenized-{fingerprint}.arrow")
 
 
 def _batching(strategy: PromptTokenizingStrategy) -> dict[str, Any]:

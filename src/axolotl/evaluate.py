@@ -40,7 +40,9 @@ def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
     train_metrics = evaluate_dataset(trainer, dataset_meta.train_dataset, "train", cfg.flash_optimum)
     eval_metrics = evaluate_dataset(trainer, dataset_meta.eval_dataset, "eval", cfg.flash_optimum)
     if train_metrics is None and eval_metrics is None:
-        raise ConfigError("There is nothing to evaluate: neither `datasets` nor `test_datasets` or `val_set_size` gave rows.")
+        raise ConfigError(
+            "There is nothing to evaluate: neither `datasets` nor `test_datasets` or `val_set_size` gave rows."
+        )
     if is_main_process():
         rows = summary_rows(train_metrics or {}, eval_metrics or {})
         write_summary(Path(cfg.output_dir) / SUMMARY, rows)

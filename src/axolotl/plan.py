@@ -8,13 +8,9 @@ from its config; no GPU is needed and no weights are downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import transformers
 from peft import get_peft_model
@@ -24,12 +20,15 @@ from rich.table import Table
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from axolotl._not_built import NO_EFFECT_YET, not_built_problems
 from axolotl.common.datasets import load_datasets
 from axolotl.exceptions import ConfigError
 from axolotl.loaders.adapter import LORA_ADAPTERS, build_lora_config
 from axolotl.loaders.model import read_dtype, read_model_class
 from axolotl.loaders.utils import load_model_config
 from axolotl.monkeypatch.ledger import rows_for
+from axolotl.utils.data.rows import count_trained_tokens
+from axolotl.utils.data.steps import data_parallel_size, packing_summary
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import GIB, GPUS, Forecast, LayerShape, Remedy, Run, forecast, remedies
 from axolotl.utils.samplers.utils import get_dataset_lengths
@@ -135,7 +134,7 @@ def make_plan(cfg: DictDefault, *, memory_gib: float | None = None, gpu: str | N
         found = remedies(
             plan.run, limit * GIB, micro_batch_size=int(cfg.micro_batch_size or 1), can_quantize=can_quantize
         )
-        plan.remedies = found[:MAX_REMEDIES]
+        plan.remedies = [remedy for remedy in found if _is_built(remedy)][:MAX_REMEDIES]
     return plan
 
 
@@ -180,40 +179,15 @@ def plan_data(cfg: DictDefault, notes: list[str]) -> DataPlan:
         return data
     lengths = get_dataset_lengths(meta.train_dataset)
     data.num_tokens, data.longest = int(lengths.sum()), int(lengths.max(initial=0))
-    data.num_trained_tokens = sum(_trained_in(batch) for batch in _label_batches(meta.train_dataset))
+    if "labels" in meta.train_dataset.column_names:
+        data.num_trained_tokens = int(count_trained_tokens(meta.train_dataset).sum())
     if cfg.sample_packing:
-        _count_bins(cfg, lengths, data)
-    world = int(cfg.world_size or 1)
-    if data.num_tokens and data.total_num_steps and cfg.num_epochs:
-        data.tokens_per_step = round(data.num_tokens * float(cfg.num_epochs) / data.total_num_steps / world)
+        summary = packing_summary(cfg, meta.train_dataset)
+        data.num_bins, data.packing_efficiency = summary["bins"], summary["efficiency"]
+    if data.num_tokens and data.total_num_steps and cfg.num_epochs and not cfg.max_steps:
+        per_rank = data.num_tokens * float(cfg.num_epochs) / data_parallel_size(cfg)
+        data.tokens_per_step = round(per_rank / data.total_num_steps)
     return data
-
-
-def _label_batches(dataset: Any) -> Iterator[pa.Table]:
-    if "labels" not in dataset.column_names:
-        return iter(())
-    return iter(dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000))
-
-
-def _trained_in(batch: pa.Table) -> int:
-    flat = pc.list_flatten(batch.column("labels"))
-    return pc.sum(pc.cast(pc.not_equal(flat, -100), pa.int64())).as_py() or 0
-
-
-def _count_bins(cfg: DictDefault, lengths: np.ndarray, data: DataPlan) -> None:
-    from axolotl.utils.samplers.best_fit import pack_best_fit
-
-    capacity = int(cfg.sequence_len) * (int(cfg.micro_batch_size or 1) if _is_varlen(cfg) else 1)
-    fitting = lengths[(lengths > 0) & (lengths <= capacity)]
-    bins = pack_best_fit(fitting.astype(np.int64), capacity, int(cfg.sample_packing_bin_size or 200))
-    data.num_bins = bins.num_bins
-    data.packing_efficiency = float(fitting.sum() / (capacity * bins.num_bins)) if bins.num_bins else None
-
-
-def _is_varlen(cfg: DictDefault) -> bool:
-    from axolotl.utils.samplers.geometry import is_varlen
-
-    return is_varlen(cfg)
 
 
 def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data: DataPlan) -> Run:
@@ -223,7 +197,7 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
     dtype = read_dtype(cfg)
     compute = 2 if (cfg.bf16 or cfg.fp16 or dtype in (torch.bfloat16, torch.float16)) else 4
     trained_bytes = 4 if is_adapter and cfg.peft_autocast_adapter_dtype is not False else dtype.itemsize
-    kernels = bool(cfg.lora_mlp_kernel or cfg.lora_qkv_kernel or cfg.lora_o_kernel) and is_adapter
+    kernels = is_adapter and any(_has_effect(cfg, f"lora_{part}_kernel") for part in ("mlp", "qkv", "o"))
     own_copies = is_adapter and not kernels and (trained_bytes != compute or bool(cfg.lora_dropout))
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -233,7 +207,13 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
     )
     layers = decoder_layers(adapted)
     fused_norm = bool(cfg.liger_rms_norm or cfg.torch_compile)
-    glu = "mlp" if cfg.lora_mlp_kernel and is_adapter else "glu" if cfg.liger_glu_activation or cfg.torch_compile else "no"
+    glu = (
+        "mlp"
+        if is_adapter and _has_effect(cfg, "lora_mlp_kernel")
+        else "glu"
+        if cfg.liger_glu_activation or cfg.torch_compile
+        else "no"
+    )
     layer = LayerShape(
         hidden=config.hidden_size,
         intermediate=intermediate or 4 * config.hidden_size,
@@ -242,7 +222,9 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
         active_experts=experts,
         gated=any("gate" in name for name, _ in layers[0].named_parameters()) if layers else True,
         num_norms=_count_norms(layers[0], config.hidden_size) if layers else 2,
-        linear_inputs=linear_input_features(layers[0], own_copies=own_copies, recompute_mlp=glu == "mlp") if layers else 0,
+        linear_inputs=linear_input_features(layers[0], own_copies=own_copies, recompute_mlp=glu == "mlp")
+        if layers
+        else 0,
     )
     row_length = int(cfg.sequence_len or config.max_position_embeddings)
     if data.longest and not cfg.sample_packing and not cfg.pad_to_sequence_len:
@@ -286,6 +268,16 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
     )
 
 
+def _has_effect(cfg: DictDefault, key: str) -> bool:
+    return bool(cfg[key]) and key not in NO_EFFECT_YET
+
+
+def _is_built(remedy: Remedy) -> bool:
+    """Whether the keys that a remedy names are accepted."""
+    keys = [part.partition(":")[0] for part in remedy.change.split(", ") if ": " in part]
+    return not not_built_problems(dict.fromkeys(keys, True))
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers: the longest list of equal modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -307,7 +299,7 @@ def linear_input_features(layer: nn.Module, *, own_copies: bool, recompute_mlp: 
     total = 0
     for name, module in layer.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
-            trained, features = True, module.get_base_layer().in_features
+            trained, features = True, int(module.get_base_layer().in_features)
             total += sum(module.r.values())  # the output of A, the input of B
         elif isinstance(module, nn.Linear) and not name.rpartition(".")[2].startswith(("base_layer", "default")):
             trained, features = module.weight.requires_grad, module.in_features
@@ -348,7 +340,14 @@ def _shards(cfg: DictDefault) -> tuple[int, int, int]:
 def _memory_of(gpu: str | None) -> float | None:
     if gpu is None:
         return None
-    name = gpu.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-").replace("rtx-", "rtx").removeprefix("geforce-")
+    name = (
+        gpu.lower()
+        .replace("_", "-")
+        .replace(" ", "-")
+        .removeprefix("nvidia-")
+        .replace("rtx-", "rtx")
+        .removeprefix("geforce-")
+    )
     name = {"rtxpro-6000": "rtx-pro-6000"}.get(name, name)
     if name not in GPUS:
         raise ConfigError(f"`--gpu {gpu}` is not known. Write one of {', '.join(sorted(GPUS))}, or `--memory 24GiB`.")
@@ -400,11 +399,14 @@ def _render(plan: Plan, console: Console) -> None:
 
 
 def _render_forecast(plan: Plan, needed: Forecast, console: Console) -> None:
-    table = Table(title="peak memory of one GPU", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    unit, name = (GIB, "GiB") if needed.total >= GIB else (2**20, "MiB")
+    table = Table(
+        title=f"peak memory of one GPU, {name}", title_justify="left", box=None, pad_edge=False, header_style="dim"
+    )
     for part in needed.parts:
         table.add_column(part, justify="right")
     table.add_column("total", justify="right")
-    table.add_row(*(f"{size / GIB:.2f}" for size in needed.parts.values()), f"[bold]{needed.total / GIB:.2f} GiB[/bold]")
+    table.add_row(*(f"{size / unit:.2f}" for size in needed.parts.values()), f"[bold]{needed.total / unit:.2f}[/bold]")
     console.print(table)
     if plan.limit_gib is None:
         fitting = [name for name, size in sorted(GPUS.items(), key=lambda item: item[1]) if needed.total < size * GIB]
@@ -414,7 +416,9 @@ def _render_forecast(plan: Plan, needed: Forecast, console: Console) -> None:
     if plan.fits:
         console.print(f"[green]fits {where}, {plan.limit_gib - needed.total / GIB:.1f} GiB to spare[/green]")
         return
-    console.print(f"[red]does not fit {where}: {needed.total / GIB - plan.limit_gib:.1f} GiB too much[/red]. What would help:")
+    console.print(
+        f"[red]does not fit {where}: {needed.total / GIB - plan.limit_gib:.1f} GiB too much[/red]. What would help:"
+    )
     for remedy in plan.remedies:
         fits = remedy.forecast.total <= plan.limit_gib * GIB
         verdict = "[green]fits[/green]" if fits else "[red]still too large[/red]"

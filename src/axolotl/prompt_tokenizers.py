@@ -70,7 +70,7 @@ class PromptTokenizingStrategy(abc.ABC):
         self.max_length = sequence_len
 
     @abc.abstractmethod
-    def tokenize_prompt(self, prompt):
+    def tokenize_prompt(self, prompt: Any) -> Any:
         """`input_ids`, `attention_mask` and `labels` of a row."""
 
     @property
@@ -262,9 +262,7 @@ class ReflectionPromptTokenizingStrategy(PromptTokenizingStrategy):
         full = self._tokenize(self._build_full_prompt(instruction, input_text, output, reflection, corrected))
         row = {key: list(full[key]) for key in ("input_ids", "attention_mask", "labels")}
         if not self.train_on_inputs:
-            start = self._tokenize(
-                next(iter(self.prompter.build_prompt(instruction, input_text))), add_eos_token=False
-            )
+            start = self._tokenize(next(iter(self.prompter.build_prompt(instruction, input_text))), add_eos_token=False)
             masked = min(len(start["input_ids"]), len(row["labels"]))
             row["labels"][:masked] = [IGNORE_INDEX] * masked
         return row

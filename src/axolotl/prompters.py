@@ -189,10 +189,13 @@ class ReflectAlpacaPrompter(AlpacaPrompter):
     """A thought, a reflection on it and a corrected answer."""
 
     system_prompt = (
-        "Below is an instruction that describes a task, paired with an input that provides further context." + _REFLECT_TASK
+        "Below is an instruction that describes a task, paired with an input that provides further context."
+        + _REFLECT_TASK
     )
     system_no_input_prompt = "Below is an instruction that describes a task." + _REFLECT_TASK
-    agent_label: str = "### Thought:\n{output}\n\n### Agent Reflection:\n{reflection}\n\n### Final Response:\n{corrected}"
+    agent_label: str = (
+        "### Thought:\n{output}\n\n### Agent Reflection:\n{reflection}\n\n### Final Response:\n{corrected}"
+    )
 
     def match_prompt_style(self) -> None:
         super().match_prompt_style()

@@ -39,7 +39,11 @@ REPORT = "report.html"
 
 # What to change when memory runs out, best first: key -> (applies, what to write).
 SMALLER_RUN: tuple[tuple[str, Any, str], ...] = (
-    ("micro_batch_size", lambda cfg: (cfg.micro_batch_size or 1) > 1, "`micro_batch_size: 1`, with more `gradient_accumulation_steps`"),
+    (
+        "micro_batch_size",
+        lambda cfg: (cfg.micro_batch_size or 1) > 1,
+        "`micro_batch_size: 1`, with more `gradient_accumulation_steps`",
+    ),
     ("gradient_checkpointing", lambda cfg: not cfg.gradient_checkpointing, "`gradient_checkpointing: true`"),
     ("sample_packing", lambda cfg: (cfg.sequence_len or 0) > 1024, "a smaller `sequence_len`"),
     ("adapter", lambda cfg: not cfg.adapter, "`adapter: lora`"),
@@ -77,9 +81,9 @@ def train(*, cfg: DictDefault, dataset_meta: Any) -> tuple[PreTrainedModel, PreT
     trainer, model, tokenizer, peft_config, processor = setup_model_and_trainer(cfg, dataset_meta)
     handle_untrained_tokens_fix(cfg, model, tokenizer, dataset_meta.train_dataset, safe_serialization=True)
     save_initial_configs(cfg, tokenizer, model, peft_config, processor)
-    setup_model_card(cfg)
+    setup_model_card(cfg, trainer)
     print_choices(cfg)
-    print_size(model, trainer)
+    print_size(model, trainer, dataset_meta.total_num_steps)
 
     previous_handlers = setup_signal_handler(cfg, trainer)
     try:
@@ -142,7 +146,11 @@ def setup_reference_model(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) 
 
 
 def handle_untrained_tokens_fix(
-    cfg: DictDefault, model: Any, tokenizer: PreTrainedTokenizerBase, train_dataset: Any, safe_serialization: bool = True
+    cfg: DictDefault,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Any,
+    safe_serialization: bool = True,
 ) -> None:
     """Apply fixes for untrained tokens if configured.
 
@@ -165,7 +173,11 @@ def handle_untrained_tokens_fix(
     for ids in train_dataset["input_ids"]:
         used[torch.as_tensor(ids, device=used.device)] = True
     if not isinstance(cfg.fix_untrained_tokens, bool):
-        given = cfg.fix_untrained_tokens if isinstance(cfg.fix_untrained_tokens, list | tuple) else [cfg.fix_untrained_tokens]
+        given = (
+            cfg.fix_untrained_tokens
+            if isinstance(cfg.fix_untrained_tokens, list | tuple)
+            else [cfg.fix_untrained_tokens]
+        )
         wanted = torch.zeros_like(untrained)
         wanted[torch.as_tensor(given, device=wanted.device)] = True
         untrained, used = untrained | wanted, used & wanted
@@ -193,7 +205,7 @@ def save_initial_configs(
         return
     output_dir = Path(cfg.output_dir)
     (output_dir / SAVED_CONFIG).write_text(config_as_yaml(cfg), encoding="utf-8")
-    tokenizer.save_pretrained(str(output_dir))
+    tokenizer.save_pretrained(str(output_dir), save_jinja_files=cfg.tokenizer_save_jinja_files is not False)
     if processor is not None:
         processor.save_pretrained(str(output_dir))
     if peft_config is not None:
@@ -202,13 +214,11 @@ def save_initial_configs(
         model.config.save_pretrained(str(output_dir))
 
 
-def setup_model_card(cfg: DictDefault) -> None:
-    """Set up the Axolotl badge and add the Axolotl config to the model card if available.
-
-    The card itself is written by `create_model_card`; an older card is left alone until then.
-    """
-    cfg_yaml = config_as_yaml(cfg)
-    LOG.debug(f"The model card will carry a config of {len(cfg_yaml.splitlines())} lines.")
+def setup_model_card(cfg: DictDefault, trainer: Any = None) -> None:
+    """Keep the trainer from writing a card of its own: `create_model_card` writes one with tags, results and the config."""
+    if trainer is not None:
+        trainer.writes_model_card = False
+    LOG.debug(f"The model card goes to {Path(cfg.output_dir) / 'README.md'}.")
 
 
 def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:
@@ -292,7 +302,10 @@ def create_model_card(cfg: DictDefault, trainer: Any) -> None:
     """Create a model card for the trained model if needed, and push to the hub if asked to."""
     if is_main_process():
         write_model_card(
-            Path(cfg.output_dir) / "README.md", cfg=cfg, config_yaml=config_as_yaml(cfg), history=trainer.state.log_history
+            Path(cfg.output_dir) / "README.md",
+            cfg=cfg,
+            config_yaml=config_as_yaml(cfg),
+            history=trainer.state.log_history,
         )
     if cfg.hub_model_id:
         trainer.push_to_hub(commit_message="End of training", dataset_tags=trainer.dataset_tags)
@@ -367,14 +380,14 @@ def print_choices(cfg: DictDefault) -> None:
     console.print(table)
 
 
-def print_size(model: Any, trainer: Any) -> None:
+def print_size(model: Any, trainer: Any, total_num_steps: int | None) -> None:
     """Show how much is trained, and for how long."""
     trainable, total = count_parameters(model)
     args = trainer.args
-    steps = args.max_steps if args.max_steps > 0 else "as many steps as the epochs take"
+    steps = args.max_steps if args.max_steps > 0 else total_num_steps
     LOG.info(
-        f"Training {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %): {steps}, "
-        f"{args.num_train_epochs} epochs, {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+        f"Training {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %): {steps} steps, "
+        f"{args.num_train_epochs:g} epochs, {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
         f"{args.world_size} rows per step."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 import inspect
 import json
@@ -58,9 +59,14 @@ def test_documented_name(path: str):
         return
     found = resolve(path)
     documented = API["signatures"].get(path)
-    if documented is not None and not isinstance(found, click.Command):
+    if documented is not None and not isinstance(found, click.Command) and not _made_from_fields(found):
         problems = signature_problems(found, documented)
         assert not problems, f"{path}{inspect.signature(found)}: {'; '.join(problems)}"
+
+
+def _made_from_fields(found) -> bool:
+    """Enums and pydantic models: the documentation prints them as `Name()` whatever their members are."""
+    return inspect.isclass(found) and (issubclass(found, enum.Enum) or hasattr(found, "model_fields"))
 
 
 def signature_problems(found, documented: list[str]) -> list[str]:

@@ -40,6 +40,7 @@ class ThinkFolder:
         self._show, self._collapsed = show, collapsed
         self._held = ""
         self._inside = False
+        self._after_fold = False
 
     def __call__(self, piece: str) -> None:
         self._held += piece
@@ -54,7 +55,8 @@ class ThinkFolder:
                 self._show("[thinking ... " if self._inside else "/expand shows it]\n")
             else:
                 self._show(mark)
-            self._held = after.lstrip("\n") if self._collapsed and not self._inside else after
+            self._after_fold = self._collapsed and not self._inside
+            self._held = after
         keep = next((n for n in range(len(mark) - 1, 0, -1) if self._held.endswith(mark[:n])), 0)
         self._put(self._held[: len(self._held) - keep])
         self._held = self._held[len(self._held) - keep :]
@@ -67,7 +69,10 @@ class ThinkFolder:
             self._show("unfinished]")
 
     def _put(self, text: str) -> None:
+        if self._after_fold:  # the fold ends its own line
+            text = text.lstrip("\n")
         if text and not (self._inside and self._collapsed):
+            self._after_fold = False
             self._show(text)
 
 

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from axolotl.exceptions import ConfigError, OutputError
+from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -202,12 +202,36 @@ def load_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any
 
     Raises:
         ConfigError: all that is wrong with it, at once.
+        OutputError: `output_dir` cannot be written.
     """
-    from axolotl.cli.utils.overrides import apply_overrides
     from axolotl.cli.utils.tracking import prepare_tracking
-    from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
-    from axolotl.utils.environment import env_capabilities, machine_capabilities
     from axolotl.utils.redact import redact_secrets
+    from axolotl.utils.tee import prepare_debug_log
+
+    cfg = check_cfg(config, **kwargs)
+    prepare_debug_log(cfg)
+    resolve_cfg(cfg)
+    prepare_tracking(cfg)
+    unshown = ("resolution", "capabilities", "env_capabilities")
+    shown = {
+        key: value for key, value in redact_secrets(cfg.to_dict()).items() if value is not None and key not in unshown
+    }
+    LOG.info("config:\n%s", json.dumps(shown, indent=2, default=str))
+    return cfg
+
+
+def inspect_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any) -> DictDefault:
+    """The config that `load_cfg` returns, for commands that only look: no folder is made, nothing is logged or set."""
+    cfg = check_cfg(config, **kwargs)
+    resolve_cfg(cfg)
+    return cfg
+
+
+def check_cfg(config: str | Path | DictDefault, **kwargs: Any) -> DictDefault:
+    """Stages [1] to [3]: the config read, overridden, with its plugins, and validated."""
+    from axolotl.cli.utils.overrides import apply_overrides
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.environment import env_capabilities, machine_capabilities
 
     path = None
     if isinstance(config, dict):
@@ -215,11 +239,9 @@ def load_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any
     else:
         path = find_config(config)
         cfg = DictDefault(read_config(path))
-
     kept_out = apply_overrides(cfg, {key: value for key, value in kwargs.items() if value is not None})
     for key in kept_out:
         LOG.warning("`strict: true`: the override of `%s` is not used, because the config does not write that key", key)
-
     prepare_plugins(cfg)
     cfg = validate_config(cfg, machine_capabilities(), env_capabilities())
     if path is not None:
@@ -228,27 +250,12 @@ def load_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any
         from axolotl.integrations.base import PluginManager
 
         PluginManager.get_instance().cfg = cfg
-
-    _log_to_output_dir(cfg)
-    normalize_config(cfg)
-    normalize_cfg_datasets(cfg)
-    prepare_tracking(cfg)
-    shown = {
-        key: value for key, value in redact_secrets(cfg.to_dict()).items() if value is not None and key != "resolution"
-    }
-    LOG.info("config:\n%s", json.dumps(shown, indent=2, default=str))
     return cfg
 
 
-def _log_to_output_dir(cfg: DictDefault) -> None:
-    """Copy what this process prints to `debug.log` in the output folder."""
-    if not cfg.output_dir or int(os.environ.get("RANK", "0")) != 0:
-        return
-    from axolotl.utils.tee import start_tee
+def resolve_cfg(cfg: DictDefault) -> None:
+    """Stage [4], in place: what the config means on this machine and for this model."""
+    from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 
-    try:
-        start_tee(Path(cfg.output_dir) / "debug.log")
-    except OSError as error:
-        raise OutputError(
-            f"`output_dir: {cfg.output_dir}` cannot be written ({error.strerror}). Choose a folder that this user may write to."
-        ) from error
+    normalize_config(cfg)
+    normalize_cfg_datasets(cfg)

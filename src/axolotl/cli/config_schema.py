@@ -56,7 +56,12 @@ def config_schema() -> dict[str, Any]:
     for alias, name in ALIASES.items():
         properties[alias] = {**properties[name], "description": f"Same as `{name}`."}
     schema = _as_written(schema)
-    return {"$schema": DRAFT, **schema, "title": "Axolotl config", "properties": dict(sorted(schema["properties"].items()))}
+    return {
+        "$schema": DRAFT,
+        **schema,
+        "title": "Axolotl config",
+        "properties": dict(sorted(schema["properties"].items())),
+    }
 
 
 def print_config_schema(output_format: str = "json", field: str | None = None) -> None:
@@ -110,10 +115,16 @@ def _as_written(node: Any) -> Any:
         return node
     if isinstance(node.get("properties"), dict):
         return {
-            key: {name: _as_written(value) for name, value in item.items()} if key == "properties" else _as_written(item)
+            key: {name: _as_written(value) for name, value in item.items()}
+            if key == "properties"
+            else _as_written(item)
             for key, item in node.items()
         }
-    kept = {key: _as_written(item) for key, item in node.items() if not (key == "default" and item is None) and key != "title"}
+    kept = {
+        key: _as_written(item)
+        for key, item in node.items()
+        if not (key == "default" and item is None) and key != "title"
+    }
     if kept.get("type") == "number":
         kept |= {"type": ["number", "string"], "pattern": NUMBER_AS_TEXT}
     if "no" in kept.get("enum", ()):

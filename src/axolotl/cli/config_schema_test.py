@@ -80,13 +80,15 @@ def test_field_comes_with_the_definitions_it_needs():
     assert "TRLConfig" not in schema["$defs"]
 
 
-@pytest.mark.parametrize("field", ["trl.beta", "--trl.beta".lstrip("-"), "datasets.type", "micro-batch-size", "liger_rope"])
+@pytest.mark.parametrize(
+    "field", ["trl.beta", "--trl.beta".lstrip("-"), "datasets.type", "micro-batch-size", "liger_rope"]
+)
 def test_field_may_be_dotted_and_dashed(field):
     assert field_schema(field)["description"]
 
 
 def test_unknown_field_names_the_nearest():
-    with pytest.raises(ConfigError, match="Did you mean `trl.beta`"):
+    with pytest.raises(ConfigError, match=r"Did you mean `trl\.beta`"):
         field_schema("trl.bta")
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import io
-import logging
 import os
 import ssl
 import stat
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from axolotl.cli import config as config_module
-from axolotl.cli.config import check_remote_config, choose_config, find_config, load_cfg, read_config
+from axolotl.cli.config import check_remote_config, choose_config, find_config, inspect_cfg, load_cfg, read_config
 from axolotl.exceptions import ConfigError, OutputError
+from axolotl.logging_config import configure_logging
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.tee import stop_tee
+from axolotl.utils.tee import close_debug_log
 
 MODEL_CONFIG = """{"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
 "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}"""
@@ -36,7 +36,7 @@ def written(tmp_path):
         f"gradient_accumulation_steps: 2\nlearning_rate: 1e-4\noutput_dir: {tmp_path / 'out'}\n"
     )
     yield path
-    stop_tee()
+    close_debug_log()
 
 
 def test_load_cfg_reads_overrides_checks_and_resolves(written):
@@ -61,11 +61,23 @@ def test_all_problems_at_once(written):
 
 
 def test_the_log_goes_to_the_output_folder_without_secrets(written, tmp_path):
-    load_cfg(written, wandb_name="hello")
-    logging.getLogger("axolotl.test").warning("a later line")
+    configure_logging()
+    body = written.read_text() + "wandb_name: hello\nhub_revision: https://me:s3cret@host/x\n"
+    written.write_text(body)
+    load_cfg(written)
+    print("a later line")
     text = (tmp_path / "out/debug.log").read_text()
     assert '"wandb_name": "hello"' in text
     assert "a later line" in text
+    assert "s3cret" not in text
+
+
+def test_looking_leaves_no_trace(written, tmp_path):
+    before = dict(os.environ)
+    cfg = inspect_cfg(written, wandb_name="hello")
+    assert cfg.batch_size == 2
+    assert not (tmp_path / "out").exists()
+    assert os.environ == before
 
 
 def test_an_output_folder_that_cannot_be_written(written, tmp_path):

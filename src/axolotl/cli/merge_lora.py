@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from axolotl.cli.config import find_config, load_cfg, read_config
 from axolotl.cli.utils.overrides import apply_overrides
 from axolotl.exceptions import ConfigError, ModelError, NotBuiltError
 from axolotl.loaders import load_model_config, load_tokenizer
+from axolotl.loaders.model import read_dtype
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.merge import FourBit, MergeReport, merge_adapter
@@ -30,7 +29,6 @@ DROPPED = (
     "attn_implementation", "flash_attention", "sdp_attention", "flex_attention", "xformers_attention", "eager_attention",
     "s2_attention", "sage_attention", "context_parallel_size", "deepspeed", "fsdp", "fsdp_config", "eval_sample_packing",
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 
 
 def do_cli(config: Path | str | DictDefault = Path("examples/"), **kwargs: Any) -> None:
@@ -116,12 +114,11 @@ def do_merge_lora(
 def read_four_bit(cfg: DictDefault) -> FourBit:
     """How the run quantized its base: NF4 with double quantization, changed by `bnb_config_kwargs`."""
     options = cfg.bnb_config_kwargs or DictDefault()
-    dtype = cfg.torch_dtype if isinstance(cfg.torch_dtype, torch.dtype) else DTYPES.get(str(cfg.torch_dtype))
     double = options.bnb_4bit_use_double_quant
     return FourBit(
         quant_type=options.bnb_4bit_quant_type or "nf4",
         double_quant=True if double is None else bool(double),
-        compute_dtype=dtype or (torch.float16 if cfg.fp16 else torch.bfloat16),
+        compute_dtype=read_dtype(cfg),
         skip_modules=tuple(options.llm_int8_skip_modules or ()),
     )
 

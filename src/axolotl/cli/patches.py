@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from axolotl.cli.config import load_cfg
+from axolotl.cli.config import inspect_cfg
 from axolotl.monkeypatch.ledger import rows_for
 
 
@@ -18,7 +18,7 @@ def do_cli(config: Path | str = Path("examples/"), **kwargs: Any) -> None:
         config: Path to `axolotl` config YAML file.
         kwargs: `axolotl` config values.
     """
-    rows = rows_for(load_cfg(config, **kwargs))
+    rows = rows_for(inspect_cfg(config, **kwargs))
     click.echo(f"This run changes {len(rows)} things in other libraries:")
     for row in rows:
         click.echo(f"\n{row.name}\n  what   {row.what}\n  why    {row.why}\n  until  {row.until}\n  stage  {row.stage}")

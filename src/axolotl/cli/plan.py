@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from axolotl.cli.config import load_cfg
+import click
+
+from axolotl.cli.config import inspect_cfg
 from axolotl.exceptions import ConfigError
 
 _UNITS_IN_GIB = {"": 1.0, "gib": 1.0, "g": 1.0, "gb": 1e9 / 2**30, "mib": 1 / 1024, "mb": 1e6 / 2**30, "tib": 1024.0}
@@ -17,6 +19,8 @@ def do_cli(
 ) -> None:
     """Prints the plan of a run.
 
+    The exit code is 1 when the run does not fit the memory that was named.
+
     Args:
         config: Path to `axolotl` config YAML file.
         gpu: Name of the GPU that the memory is forecast for.
@@ -24,13 +28,13 @@ def do_cli(
         kwargs: `axolotl` config values.
     """
     memory_gib = parse_memory(memory) if memory else None
-    cfg = load_cfg(config, **kwargs)
+    cfg = inspect_cfg(config, **kwargs)
     from axolotl.plan import make_plan, print_plan
 
     plan = make_plan(cfg, memory_gib=memory_gib, gpu=gpu)
     print_plan(plan)
     if plan.fits is False:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
 
 
 def parse_memory(text: str) -> float:

@@ -133,7 +133,9 @@ def step_of(folder: str | Path) -> int:
     return int(match[1]) if match else -1
 
 
-def resolve_checkpoint(resume_from: str | Path | bool | None, output_dir: str | Path, *, auto: bool = False) -> Path | None:
+def resolve_checkpoint(
+    resume_from: str | Path | bool | None, output_dir: str | Path, *, auto: bool = False
+) -> Path | None:
     """The checkpoint to resume from, verified.
 
     Args:

@@ -383,30 +383,31 @@ def load_plugin(plugin_name: str) -> BasePlugin:
         raise PluginError(
             f"`plugins: [{plugin_name}]` is not of the form module.ClassName.{_did_you_mean(plugin_name)}"
         )
-    module = _import_plugin_module(module_name, plugin_name)
-    if not hasattr(module, class_name):
-        classes = [
-            name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, BasePlugin)
-        ]
-        near = difflib.get_close_matches(
-            class_name, [name for name in classes if name != "BasePlugin"], n=3, cutoff=0.3
-        )
-        hint = f" Did you mean {' or '.join(f'`{module_name}.{name}`' for name in near)}?" if near else ""
+    modules = _import_candidates(module_name, plugin_name)
+    plugin_cls = next((getattr(module, class_name) for module in modules if hasattr(module, class_name)), None)
+    if plugin_cls is None:
+        names = [name for module in modules for name in dir(module) if name.endswith("Plugin") and name != "BasePlugin"]
+        near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
         raise PluginError(f"`plugins: [{plugin_name}]`: the module `{module_name}` has no class `{class_name}`.{hint}")
-    plugin_cls = getattr(module, class_name)
     plugin = plugin_cls() if isinstance(plugin_cls, type) else None
     if not isinstance(plugin, BasePlugin):
         raise PluginError(
-            f"`plugins: [{plugin_name}]` is not a plugin: `{class_name}` does not inherit from axolotl.integrations.base.BasePlugin."
+            f"`plugins: [{plugin_name}]` is not a plugin: `{class_name}` does not inherit from "
+            "axolotl.integrations.base.BasePlugin."
         )
     return plugin
 
 
-def _import_plugin_module(module_name: str, plugin_name: str) -> types.ModuleType:
-    candidates = [module_name] if module_name.startswith("axolotl.") else [module_name, f"{OUR_PACKAGE}.{module_name}"]
-    for candidate in candidates:
+def _import_candidates(module_name: str, plugin_name: str) -> list[types.ModuleType]:
+    """The modules that `module_name` may mean: as it is, and under our package. Both may exist: some of our plugins are
+    named after the library that they wrap.
+    """
+    ours = [] if module_name.startswith("axolotl.") else [f"{OUR_PACKAGE}.{module_name}"]
+    modules = []
+    for candidate in (module_name, *ours):
         try:
-            return importlib.import_module(candidate)
+            modules.append(importlib.import_module(candidate))
         except ModuleNotFoundError as err:
             # A package that the plugin itself needs is missing: say that, not that the plugin does not exist.
             if not err.name or not (candidate == err.name or candidate.startswith(err.name + ".")):
@@ -415,10 +416,12 @@ def _import_plugin_module(module_name: str, plugin_name: str) -> types.ModuleTyp
                 ) from err
         except ImportError as err:
             raise PluginError(f"`plugins: [{plugin_name}]` cannot be loaded: {err}") from err
-    raise PluginError(
-        f"`plugins: [{plugin_name}]` cannot be found: there is no module `{module_name}`.{_did_you_mean(plugin_name)} "
-        "A plugin of your own must be installed in this Python environment (`pip install -e .` in its folder)."
-    )
+    if not modules:
+        raise PluginError(
+            f"`plugins: [{plugin_name}]` cannot be found: there is no module `{module_name}`.{_did_you_mean(plugin_name)} "
+            "A plugin of your own must be installed in this Python environment (`pip install -e .` in its folder)."
+        )
+    return modules
 
 
 def _did_you_mean(plugin_name: str) -> str:

@@ -38,7 +38,13 @@ def test_value_and_gradients_equal_the_plain_loss(softcap, logit_scale, with_bia
         bias = leaves[2] if with_bias else None
         if fused:
             loss = linear_cross_entropy(
-                leaves[0], leaves[1], y, bias_V=bias, softcap=softcap, logit_scale=logit_scale, chunk_elements=chunk_elements
+                leaves[0],
+                leaves[1],
+                y,
+                bias_V=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                chunk_elements=chunk_elements,
             )
         else:
             loss = reference(leaves[0], leaves[1], y, bias, softcap, logit_scale)

@@ -224,7 +224,12 @@ def build_lora_config(model: PreTrainedModel, cfg: DictDefault) -> LoraConfig:
         raise ConfigError(
             f"The installed peft has no {', '.join(unknown)} in LoraConfig. Upgrade peft, or drop the key."
         )
-    return LoraConfig(**keywords)
+    try:
+        return LoraConfig(**keywords)
+    except ImportError as error:
+        raise ModelError(
+            f"These `lora_*` and `peft_*` keys need a package that peft does not bring: {error}"
+        ) from error
 
 
 def load_lora(
@@ -289,7 +294,7 @@ def _load_trained(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> 
 
 def load_adapter(
     model: PreTrainedModel, cfg: DictDefault, adapter: str | None, inference: bool = False, config_only: bool = False
-) -> tuple[PreTrainedModel | PeftModel | None, PeftConfig | None]:
+) -> tuple[Any, PeftConfig | None]:
     """Put the adapter named by `adapter` on `model`; without one the model comes back as it is.
 
     Returns:

@@ -27,7 +27,7 @@ from axolotl.loaders.utils import (
     load_model_config,
     read_revision,
 )
-from axolotl.monkeypatch.attention.table import resolve_attention
+from axolotl.monkeypatch.attention.table import check_packing, resolve_attention
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.freeze import freeze_layers_except
 from axolotl.utils.logging import get_logger
@@ -157,6 +157,7 @@ class ModelLoader:
     def _build(self) -> PreTrainedModel:
         """The model from disk or hub, or from its config alone with `reinit_weights`."""
         loader, model_class = read_model_class(self.cfg, self.model_config)
+        check_packing(self.cfg, self.model_config)
         self.attn_implementation = resolve_attention(self.cfg, self.model_config, model_class, inference=self.inference)
         if self.cfg.reinit_weights and not self.reference_model:
             return self._build_random(loader)
@@ -245,7 +246,8 @@ class ModelLoader:
         rows = len(tokenizer)
         if cfg.resize_token_embeddings_to_32x:
             rows = math.ceil(rows / 32) * 32
-        present = model.get_input_embeddings().num_embeddings
+        embedding: Any = model.get_input_embeddings()
+        present = embedding.weight.shape[0]
         if present < rows or (present > rows and cfg.shrink_embeddings):
             model.resize_token_embeddings(rows, mean_resizing=bool(cfg.mean_resizing_embeddings))
             note_choice(

@@ -193,9 +193,10 @@ def _add_tokens(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) -> None:
     for name, token in special.items():
         tokenizer.add_special_tokens({name: _added(token)})
     changes_ends = "bos_token" in special and "eos_token" in special
-    if changes_ends and type(tokenizer).__name__ in LLAMA_TOKENIZERS:
+    update = getattr(tokenizer, "update_post_processor", None)
+    if changes_ends and update is not None and type(tokenizer).__name__ in LLAMA_TOKENIZERS:
         # These classes write bos and eos by a post-processor that was built from the old tokens.
-        tokenizer.update_post_processor()
+        update()
     if tokens:
         tokenizer.add_tokens([_added(token) for token in tokens])
     known = set(tokenizer.all_special_tokens)

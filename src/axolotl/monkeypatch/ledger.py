@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from axolotl.monkeypatch.attention import varlen
-from axolotl.monkeypatch.attention.documents import add_document_hook
+from axolotl.monkeypatch.attention.documents import MASK_BUILDERS, add_document_hook, register_masks
 from axolotl.utils.dict import DictDefault
 
 Stage = Literal["pre_model_load", "post_plugin_pre_model_load", "post_model_build", "post_model_load"]
@@ -48,11 +49,11 @@ def _always(cfg: DictDefault) -> bool:
 
 
 def _add_document_hook(cfg: DictDefault, model: nn.Module | None) -> None:
-    if model is not None:
-        add_document_hook(model, varlen=model.config._attn_implementation in _VARLEN)
+    if isinstance(model, PreTrainedModel):
+        used = model.config._attn_implementation or ""
+        reports = used == varlen.NAME or used in MASK_BUILDERS
+        add_document_hook(model, varlen=used == varlen.NAME or "flash" in used, checked=reports)
 
-
-_VARLEN = (varlen.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 LEDGER: tuple[Patch, ...] = (
     Patch(
@@ -65,10 +66,19 @@ LEDGER: tuple[Patch, ...] = (
         apply=lambda cfg, model: varlen.register(),
     ),
     Patch(
+        name="documents in masks",
+        what="registers mask builders for sdpa, eager and flex_attention that add one condition to those of transformers",
+        why="transformers forgets packed documents when a batch has a mask or a cache, and some models never tell it positions",
+        until="every model of transformers hands position_ids to its masks, and they are read beside an attention mask",
+        stage="pre_model_load",
+        condition=_always,
+        apply=lambda cfg, model: register_masks(),
+    ),
+    Patch(
         name="document borders",
-        what="a forward pre-hook on the decoder that tells its documents to the attention backend",
-        why="transformers forgets packed documents when a batch has a mask, a cache, or more than one row with flash attention",
-        until="transformers' masks read position_ids beside an attention mask, and its flash attention reads them for any batch",
+        what="forward hooks on the decoder that tell its documents to the attention backend, and check that it asked",
+        why="each backend reads another form of them; transformers' flash attention reads positions only in batches of one row",
+        until="transformers' attention takes documents in one form on all backends",
         stage="post_model_build",
         condition=_always,
         apply=_add_document_hook,

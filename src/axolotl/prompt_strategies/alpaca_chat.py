@@ -26,16 +26,16 @@ class AlpacaChatPrompter(AlpacaPrompter):
     """Alpaca Chat Prompter extending the system prompt to for chat-instruct answers"""
 
     system_prompt = (
-        "Below is an instruction from a USER that describes a task, paired with an input that provides further context. "
-        "The ASSISTANT writes a response that concisely and appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that concisely and appropriately completes the request.\n\n"
     )
     system_no_input_prompt = (
-        "Below is an instruction from a USER that describes a task. "
-        "The ASSISTANT writes a response that appropriately and concisely completes the request.\n\n"
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately and concisely completes the request.\n\n"
     )
 
-    def __init__(self, prompt_style: str | None = PromptStyle.CHAT.value):
-        super().__init__(prompt_style)
+    def __init__(self) -> None:
+        super().__init__(PromptStyle.CHAT.value)
 
 
 class NoSystemPrompter(AlpacaPrompter):

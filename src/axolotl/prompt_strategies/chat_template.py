@@ -6,8 +6,7 @@ which turn is read from the text (`utils.chat_templates.spans`); a token that re
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ from axolotl.exceptions import ConfigError, DatasetError, TokenizerError
 from axolotl.prompt_tokenizers import IGNORE_INDEX, PromptTokenizingStrategy, Tokenized, join_rows, split_rows
 from axolotl.prompters import Prompter
 from axolotl.utils.chat_templates.base import get_chat_template_from_config
+from axolotl.utils.chat_templates.end_tokens import END_TOKEN_REACH, end_tokens_of
 from axolotl.utils.chat_templates.messages import (
     DEFAULT_ROLES,
     THINKING_DETAIL,
@@ -29,8 +29,7 @@ from axolotl.utils.chat_templates.messages import (
     read_turn,
     split_thinking,
 )
-from axolotl.utils.chat_templates.spans import Span, TurnSpans
-from axolotl.utils.dict import note_choice
+from axolotl.utils.chat_templates.spans import Span, Tokens, TurnSpans, common_prefix
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 LOG = get_logger(__name__)
 
 IGNORE_TOKEN_ID = IGNORE_INDEX
-END_TOKEN_REACH = 3
-"""An end token at most this many tokens after a turn belongs to it."""
 TRAIN_ON_END = ("all", "turn", "last", "none", None)
 
 
@@ -83,7 +80,9 @@ class ChatTemplatePrompter(Prompter):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         drop_system_message: bool = False,
     ):
-        self.roles = {source: target for target, sources in roles.items() for source in sources} if roles else DEFAULT_ROLES
+        self.roles = (
+            {source: target for target, sources in roles.items() for source in sources} if roles else DEFAULT_ROLES
+        )
         self.message_property_mappings = dict(message_property_mappings or {"role": "role", "content": "content"})
         if template_thinking_key and field_thinking:
             self.message_property_mappings.setdefault(template_thinking_key, field_thinking)
@@ -106,9 +105,11 @@ class ChatTemplatePrompter(Prompter):
         """The names that the template reads."""
         return names_read_by(self.chat_template)
 
-    def render(self, conversation: Sequence[Turn], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, conversation: Sequence[Turn], tools: list | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """The text of a conversation."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             for_template(conversation),
             tools=tools,
             chat_template=self.chat_template,
@@ -116,6 +117,7 @@ class ChatTemplatePrompter(Prompter):
             tokenize=False,
             **self.chat_template_kwargs,
         )
+        return str(text)
 
     def build_prompt(
         self,
@@ -150,18 +152,6 @@ class ChatTemplatePrompter(Prompter):
             }
         text = self.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-class _Tokens(NamedTuple):
-    """A tokenized text: ids, and the first character of each token and the one after its last."""
-
-    ids: list[int]
-    starts: Sequence[int]
-    ends: Sequence[int]
-
-    def within(self, span: Span) -> tuple[int, int]:
-        """The tokens that reach into the characters of `span`, as a half-open range."""
-        return bisect_right(self.ends, span[0]), bisect_left(self.starts, span[1])
 
 
 class _Row(NamedTuple):
@@ -208,11 +198,14 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         self.train_on_eos = train_on_eos
         self.train_on_eot = train_on_eot if train_on_eot is not None else train_on_eos
         self.split_thinking = bool(split_thinking)
-        self.images = "images"
-        eos = tokenizer.eos_token
+        eos = str(tokenizer.eos_token) if tokenizer.eos_token else None
+        self.eos_token_id: int | None = tokenizer.convert_tokens_to_ids(eos) if eos else None
         self.eot_tokens = list(eot_tokens) if eot_tokens else [eos] if eos else []
         self._check_end_tokens()
         self._eot_ids = frozenset(self._token_id(token) for token in self.eot_tokens)
+        self._control_ids = frozenset(tokenizer.all_special_ids) | {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         self._spans = TurnSpans(prompter.render)
         self._said: set[str] = set()
 
@@ -237,7 +230,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         for key, value in (("train_on_eos", self.train_on_eos), ("train_on_eot", self.train_on_eot)):
             if value not in TRAIN_ON_END:
                 raise ConfigError(f"`{key}: {value}` is not known. Write `all`, `turn`, `last` or `none`.")
-        eos = self.tokenizer.eos_token
+        eos = str(self.tokenizer.eos_token) if self.tokenizer.eos_token else None
         if eos in self.eot_tokens and self.train_on_eos != self.train_on_eot:
             raise ConfigError(
                 "Conflict between train_on_eos and train_on_eot. eos_token is in eot_tokens and train_on_eos != "
@@ -251,15 +244,15 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 LOG.warning(
                     f"EOT token '{token}' not found in chat_template. Please check if your template/EOT token is correct."
                 )
-        if self.train_on_eos not in (None, "none") and eos and eos not in template and "eos_token" not in template:
-            if self.eot_tokens == [eos]:
-                LOG.warning(
-                    f"EOS token '{eos}' not found in chat_template. Please check if your template/EOS token is correct."
-                )
+        learns_eos = self.train_on_eos not in (None, "none") and self.eot_tokens == [eos]
+        if learns_eos and eos and eos not in template and "eos_token" not in template:
+            LOG.warning(
+                f"EOS token '{eos}' not found in chat_template. Please check if your template/EOS token is correct."
+            )
 
     def _token_id(self, token: str) -> int:
-        if token == self.tokenizer.eos_token:
-            return self.tokenizer.eos_token_id
+        if token == self.tokenizer.eos_token and self.eos_token_id is not None:
+            return self.eos_token_id
         try:
             ids = self.tokenizer.encode(token, add_special_tokens=False)
         except (ValueError, TypeError, UnicodeError) as error:
@@ -271,7 +264,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             )
         return ids[0]
 
-    def _encode(self, texts: list[str]) -> list[_Tokens]:
+    def _encode(self, texts: list[str]) -> list[Tokens]:
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )
@@ -279,16 +272,16 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             tokens = []
             for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True):
                 offsets = encoding.offsets
-                tokens.append(_Tokens(ids, [o[0] for o in offsets], [o[1] for o in offsets]))
+                tokens.append(Tokens(ids, [o[0] for o in offsets], [o[1] for o in offsets]))
             return tokens
         return [self._aligned(text, ids) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
-    def _aligned(self, text: str, ids: list[int]) -> _Tokens:
+    def _aligned(self, text: str, ids: list[int]) -> Tokens:
         """Offsets for a tokenizer that keeps none: how much text the first k tokens decode to."""
         ends = [
             min(len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=False)), len(text)) for k in range(len(ids))
         ]
-        return _Tokens(ids, [0, *ends[:-1]], ends)
+        return Tokens(ids, [0, *ends[:-1]], ends)
 
     def find_first_eot_token(self, input_ids: Sequence[int], start_idx: int) -> int:
         """Find the first EOT token in the input_ids starting from start_idx."""
@@ -296,7 +289,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
 
     def find_first_eos_token(self, input_ids: Sequence[int], start_idx: int) -> int:
         """Find the first EOS token in the input_ids starting from start_idx."""
-        return _first_of((self.tokenizer.eos_token_id,), input_ids, start_idx)
+        return _first_of(() if self.eos_token_id is None else (self.eos_token_id,), input_ids, start_idx)
 
     def find_turn(self, turns: Sequence[Turn], turn_idx: int, tools: list | None = None) -> tuple[int, int]:
         """Locate the starting and ending indices of the specified turn in a conversation.
@@ -311,7 +304,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         if span is None:
             self._warn_once("turn", f"Could not find content start/end boundary for turn {turn_idx}")
             return -1, -1
-        return self._encode([text])[0].within(span)
+        return self._encode([text])[0].within(span, self._control_ids)
 
     # rows
 
@@ -324,8 +317,10 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
     def is_prompt_batched(self, prompt: Mapping[str, Any]) -> bool:
         """Whether a dict holds many rows: a list per column, and none of the messages a message."""
         messages = prompt.get(self.prompter.field_messages)
-        return all(isinstance(column, list) for column in prompt.values()) and not (
-            isinstance(messages, list) and any(isinstance(item, Mapping) for item in messages)
+        if not isinstance(messages, list) or not messages:
+            return False
+        return all(isinstance(column, list) for column in prompt.values()) and not any(
+            isinstance(item, Mapping) for item in messages
         )
 
     def _tokenize_rows(self, prompts: list[dict[str, Any]]) -> list[Tokenized]:
@@ -361,7 +356,9 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         if prompter.drop_system_message and turns[0].get("role") == "system":
             turns = turns[1:]
         if not turns:
-            raise DatasetError("The row holds a system message only, and `drop_system_message: true` leaves nothing of it.")
+            raise DatasetError(
+                "The row holds a system message only, and `drop_system_message: true` leaves nothing of it."
+            )
         return turns
 
     def transform_message(self, message: Mapping[str, Any]) -> Turn:
@@ -412,17 +409,17 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             return any(detail["train"] for detail in details)
         return self._learns_role(turn["role"])
 
-    def _label_last_turn(self, row: _Row, text: str, tokens: _Tokens) -> list[int]:
+    def _label_last_turn(self, row: _Row, text: str, tokens: Tokens) -> list[int]:
         if self.train_on_inputs:
             return list(tokens.ids)
         boundary = 0
         if len(row.turns) > 1:
             prompt = self.prompter.render(row.turns[:-1], tools=row.tools, add_generation_prompt=True)
-            boundary = len(prompt) if text.startswith(prompt) else _common_prefix(text, prompt)
+            boundary = len(prompt) if text.startswith(prompt) else common_prefix(text, prompt)
         masked = bisect_right(tokens.ends, boundary)
         return [IGNORE_TOKEN_ID] * masked + tokens.ids[masked:]
 
-    def _label_turns(self, row: _Row, text: str, tokens: _Tokens, row_index: int) -> list[int]:
+    def _label_turns(self, row: _Row, text: str, tokens: Tokens, row_index: int) -> list[int]:
         turns, ids = row.turns, tokens.ids
         labels = [IGNORE_TOKEN_ID] * len(ids)
         learnt = [self._learns(turn) for turn in turns]
@@ -435,7 +432,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 if learnt[index]:
                     self._warn_not_learnt(turns[index], row_index, index)
                 continue
-            start, end = tokens.within(span)
+            _, end = tokens.within(span, self._control_ids)
             if learnt[index]:
                 for first, last in self._learnt_ranges(turns[index], text, tokens, span):
                     labels[first:last] = ids[first:last]
@@ -454,10 +451,10 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 labels[last_end[kind]] = ids[last_end[kind]]
         return labels
 
-    def _learnt_ranges(self, turn: Turn, text: str, tokens: _Tokens, span: Span) -> Iterable[tuple[int, int]]:
+    def _learnt_ranges(self, turn: Turn, text: str, tokens: Tokens, span: Span) -> Iterable[tuple[int, int]]:
         """The ranges of tokens of a learnt turn that are learnt: all of it, or what the details of the turn say."""
         if not turn.get(TRAINING_DETAIL) and not turn.get(THINKING_DETAIL):
-            return [tokens.within(span)]
+            return [tokens.within(span, self._control_ids)]
         thinking_key = self.prompter.template_thinking_key or "reasoning_content"
         ranges, begin = [], span[0]
         for key, detail_key in ((thinking_key, THINKING_DETAIL), ("content", TRAINING_DETAIL)):
@@ -478,12 +475,14 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                     first = max(offset + detail["begin_offset"], place)
                     last = min(offset + detail["end_offset"] + 1, span[1])
                     if first < last:
-                        ranges.append(tokens.within((first, last)))
+                        ranges.append(tokens.within((first, last), self._control_ids))
         return ranges
 
     def _warn_not_learnt(self, turn: Turn, row_index: int, turn_index: int) -> None:
         why = (
-            "is empty" if not str(turn.get("content") or "").strip() else "is not written, or is changed beyond recognition, by the template"
+            "is empty"
+            if not str(turn.get("content") or "").strip()
+            else "is not written, or is changed beyond recognition, by the template"
         )
         self._warn_once(
             "not learnt",
@@ -499,10 +498,6 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
 
 def _first_of(wanted: Iterable[int], ids: Sequence[int], start: int) -> int:
     return next((place for place in range(max(start, 0), len(ids)) if ids[place] in wanted), -1)
-
-
-def _common_prefix(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one, other]))
 
 
 class StrategyLoader:
@@ -562,7 +557,7 @@ class StrategyLoader:
         )
         params = self._get_strategy_params(cfg, dataset)
         if not params["eot_tokens"] and params["train_on_eot"] is None and params["train_on_eos"] != "none":
-            params["eot_tokens"] = _end_tokens_of(prompter, cfg)
+            params["eot_tokens"] = end_tokens_of(tokenizer, prompter.render, cfg)
         return self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
 
 
@@ -576,26 +571,3 @@ def _mappings(dataset: Mapping[str, Any]) -> dict[str, str] | None:
         if dataset.get(f"message_field_{key}"):
             mappings.setdefault(key, dataset[f"message_field_{key}"])
     return mappings or None
-
-
-def _end_tokens_of(prompter: ChatTemplatePrompter, cfg) -> list[str] | None:
-    """EOS, and the token that the template writes after an assistant turn where that is another one."""
-    tokenizer = prompter.tokenizer
-    mark = "zzanswerzz"
-    text = prompter.render([{"role": "user", "content": "zzquestionzz"}, {"role": "assistant", "content": mark}])
-    tail = text.partition(mark)[2]
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"][: END_TOKEN_REACH + 1]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    written = next((token for token in ids if token in special), None)
-    if written is None:
-        LOG.warning(
-            "The chat template writes no end-of-turn token after an assistant turn, so the model does not learn to stop. "
-            f"After the answer it writes {tail!r}. If that is an end-of-turn token, add it under `tokens:`."
-        )
-        return None
-    if written == tokenizer.eos_token_id:
-        return None
-    token = tokenizer.convert_ids_to_tokens(written)
-    tokens = [*([tokenizer.eos_token] if tokenizer.eos_token else []), token]
-    note_choice(cfg, "eot_tokens", tokens, f"the chat template ends assistant turns with {token}, not only with EOS")
-    return tokens

@@ -45,9 +45,7 @@ class PygmalionPromptTokenizingStrategy(PromptTokenizingStrategy):
                 raise DatasetError(f"A message has the role `{role}`, but it must be `system`, `human` or `bot`.")
             ids = list(part["input_ids"])
             labels = ([IGNORE_INDEX] * learnt_from + ids[learnt_from:])[: len(ids)]
-            result, length = parse_tokenized_to_result(
-                result, length, {"input_ids": ids}, labels, pad_token_id=self.tokenizer.pad_token_id
-            )
+            result, length = parse_tokenized_to_result(result, length, {"input_ids": ids}, labels)
         return result
 
 

@@ -6,8 +6,8 @@ types. A last part that starts with `load_` selects that function of the module 
 
 from __future__ import annotations
 
+import difflib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -63,7 +63,8 @@ def load(
         ConfigError: nothing has that name, or the module has no such function.
     """
     if isinstance(strategy, Mapping):
-        return _call(_function("user_defined"), tokenizer, cfg, strategy, processor)
+        user_defined = importlib.import_module(f"{PACKAGE}.user_defined")
+        return user_defined.load(tokenizer, cfg, ds_cfg=strategy)
     function = _function(strategy)
     if function is not None:
         return _call(function, tokenizer, cfg, ds_cfg, processor)
@@ -79,7 +80,9 @@ def known_types() -> list[str]:
     """Every `type:` that ships with this package."""
     package = importlib.import_module(PACKAGE)
     modules = {
-        info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg and not info.name.endswith("_test")
+        info.name
+        for info in pkgutil.iter_modules(package.__path__)
+        if not info.ispkg and not info.name.endswith("_test")
     }
     return sorted((modules - NOT_TYPES) | set(BASE_TYPES))
 
@@ -91,8 +94,6 @@ def _function(strategy: str) -> Callable | None:
     if path in NOT_TYPES:
         return None
     module = _module(f"{PACKAGE}.{path}") or ("." in path and _module(path)) or None
-    if module is None and name == "load" and "." in path:
-        return None
     if module is None:
         return None
     if not hasattr(module, name):
@@ -129,8 +130,6 @@ def _call(function: Callable, tokenizer, cfg: DictDefault, ds_cfg: Any, processo
 
 
 def _unknown(strategy: str) -> str:
-    import difflib
-
     known = known_types()
     near = difflib.get_close_matches(strategy.partition(":")[0].partition(".")[0], known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""

@@ -73,7 +73,9 @@ def load(
         ds_cfg: that mapping, or the config of the dataset that holds it under `type`.
     """
     if not ds_cfg:
-        raise ConfigError("Missing dataset prompt configuration: `type:` must be a mapping, such as `field_output: answer`.")
+        raise ConfigError(
+            "Missing dataset prompt configuration: `type:` must be a mapping, such as `field_output: answer`."
+        )
     config = ds_cfg if isinstance(ds_cfg, UserDefinedDatasetConfig) else _read(ds_cfg)
     return UserDefinedPromptTokenizationStrategy(
         UserDefinedPrompter(config), tokenizer, cfg.train_on_inputs, cfg.sequence_len
@@ -91,7 +93,9 @@ def _check_format(key: str, text: str, fields: set[str]) -> None:
     try:
         named = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     except ValueError as error:
-        raise ConfigError(f"`type.{key}: {text!r}` cannot be filled in: {error}. Write {{{{ for a literal brace.") from error
+        raise ConfigError(
+            f"`type.{key}: {text!r}` cannot be filled in: {error}. Write {{{{ for a literal brace."
+        ) from error
     if named - fields:
         raise ConfigError(
             f"`type.{key}: {text!r}` names {{{', '.join(sorted(named - fields))}}}, but it can only have "

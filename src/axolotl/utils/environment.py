@@ -1,62 +1,11 @@
-"""The machine and the process environment: what the hardware can do, and the variables that libraries read.
-
-torch is imported where the hardware is asked, so that the variables can be set before it is loaded.
-"""
+"""What this machine can do, and what is installed on it."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from axolotl.utils.logging import get_logger
-
-LOG = get_logger(__name__)
-
-# Variables that libraries no longer read -> those that they read now.
-OLDER_VARIABLES = {
-    "TORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF",
-    "HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE",
-    "TRANSFORMERS_CACHE": "HF_HUB_CACHE",
-    "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
-}
-DEFAULT_CONFIG_DIR = "/src/config"
-
-
-def prepare_process_env() -> None:
-    """Set the variables that libraries read when they are imported. Call it before torch and huggingface_hub are loaded.
-
-    What the user has set stays. Older names are passed on to those that are read today; caches go under BASE_VOLUME when
-    it is set; CUDA memory grows in segments, which leaves fewer holes with batches of many shapes.
-    """
-    for old, new in OLDER_VARIABLES.items():
-        if os.environ.get(old) and not os.environ.get(new):
-            os.environ[new] = os.environ[old]
-    volume = os.environ.get("BASE_VOLUME")
-    if volume and not os.environ.get("HF_HOME"):
-        os.environ["HF_HOME"] = str(Path(volume) / "huggingface")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def find_config(path: str | Path) -> Path:
-    """`path`, or the file of that name in AXOLOTL_CONFIG_DIR when there is no such path here."""
-    path = Path(path)
-    elsewhere = Path(os.environ.get("AXOLOTL_CONFIG_DIR", DEFAULT_CONFIG_DIR)) / path
-    return elsewhere if not path.exists() and not path.is_absolute() and elsewhere.exists() else path
-
-
-def prepare_optim_env(cfg: Any) -> None:
-    """Set the variables that accelerate and NCCL read when training begins. What the user has set stays.
-
-    Args:
-        cfg: a config after `normalize_config`, which has chosen the number format.
-    """
-    if cfg.ddp_timeout:
-        os.environ.setdefault("AXOLOTL_NCCL_TIMEOUT", str(cfg.ddp_timeout))
-    if cfg.bf16 != "auto":
-        formats = (("fp8", cfg.fp8), ("bf16", cfg.bf16), ("fp16", cfg.fp16))
-        os.environ["ACCELERATE_MIXED_PRECISION"] = next((name for name, is_on in formats if is_on), "no")
+import torch
 
 
 def machine_capabilities() -> dict[str, Any]:
@@ -66,8 +15,6 @@ def machine_capabilities() -> dict[str, Any]:
         `bf16`, `fp8`, `tf32` (bool), `n_gpu` (GPUs that take part in the run, on all machines), `n_node` (machines),
         `compute_capability` (such as `sm_90`, or None).
     """
-    import torch
-
     cuda = find_device_type() == "cuda"
     major, minor = torch.cuda.get_device_capability() if cuda else (0, 0)
     kind = find_device_type()
@@ -86,15 +33,11 @@ def machine_capabilities() -> dict[str, Any]:
 
 def env_capabilities() -> dict[str, Any]:
     """What is installed: `torch_version`, without the build suffix."""
-    import torch
-
     return {"torch_version": torch.__version__.split("+")[0]}
 
 
 def find_device_type() -> str:
     """`cuda`, `npu`, `mps` or `cpu`: the first that this process can use. `ACCELERATE_USE_CPU` forces `cpu`."""
-    import torch
-
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return "cpu"
     if torch.cuda.is_available():
@@ -110,8 +53,6 @@ def find_device_type() -> str:
 
 def gpu_computes_in_bf16(kind: str = "cuda") -> bool:
     """Whether the accelerator multiplies in bf16 in hardware (emulation, which torch also offers, is slower than fp16)."""
-    import torch
-
     if kind == "cuda":
         if not torch.cuda.is_available():
             return False
@@ -121,23 +62,17 @@ def gpu_computes_in_bf16(kind: str = "cuda") -> bool:
 
 def cpu_computes_in_bf16() -> bool:
     """Whether the CPU multiplies in bf16 in hardware (AMX, AVX512-BF16, Arm BF16). Without, float32 is faster."""
-    import torch
-
     facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else _older_capabilities()
     return any(bool(facts.get(unit)) for unit in ("amx_bf16", "avx512_bf16", "arm_bf16", "bf16"))
 
 
 def _older_capabilities() -> dict[str, bool]:
     """What torch before 2.12 says of the CPU."""
-    import torch
-
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
 def use_tf32() -> None:
     """Let float32 matrix products and convolutions use TF32 on the GPU, for the whole process."""
-    import torch
-
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

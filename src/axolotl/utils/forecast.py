@@ -313,15 +313,15 @@ def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantiz
         options.append(("gradient_checkpointing: true, activation_offloading: true", exact, both))
     if run.attention_kind == "eager":
         options.append(("flash_attention: true", exact, dataclasses.replace(run, attention_kind="flash")))
-    if not run.fused_loss:
-        options.append(("chunked_cross_entropy: true", exact, dataclasses.replace(run, fused_loss=True)))
     size = micro_batch_size
     while size > 1:
         size = math.ceil(size / 2)
         smaller = dataclasses.replace(run, tokens=run.tokens * size // micro_batch_size)
         change = f"micro_batch_size: {size}, gradient_accumulation_steps x {micro_batch_size // size}"
         options.append((change, exact, smaller))
-        options.append((f"gradient_checkpointing: true, {change}", exact, dataclasses.replace(smaller, checkpointing=True)))
+        options.append(
+            (f"gradient_checkpointing: true, {change}", exact, dataclasses.replace(smaller, checkpointing=True))
+        )
     if OPTIMIZER_BYTES.get(run.optimizer, OPTIMIZER_BYTES["adamw"])(run.trained_bytes) > 2.1:
         small = dataclasses.replace(run, optimizer="adamw_8bit")
         options.append(("optimizer: adamw_8bit", other, small))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
 
 from axolotl.exceptions import ModelError
 
 
-def _merged_weight(layer: nn.Module) -> torch.Tensor:
+def _merged_weight(layer: Any) -> torch.Tensor:
     """The base weight of a LoRA layer plus the deltas of its active adapters; DoRA rescales it. Same dtype and shape."""
     from peft.utils.integrations import dequantize_module_weight
 

@@ -142,7 +142,9 @@ def draw_lines(lines: list[list[tuple[float, float]]], label: str) -> str:
         if crowded:
             parts.append(_path([place(*point) for point in running_mean(line)], f"l{index}"))
         elif len(line) <= 12:
-            parts += [f'<circle class="d{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in (place(*p) for p in line)]
+            parts += [
+                f'<circle class="d{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in (place(*p) for p in line)
+            ]
     return "".join(parts) + "</svg>"
 
 

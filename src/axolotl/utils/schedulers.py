@@ -7,6 +7,7 @@ Each is a torch `LRScheduler` whose state is its step counter, so that it resume
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -118,12 +119,16 @@ class JaggedLRRestartScheduler(LRScheduler):
         self.warmup_steps = jagged_restart_warmup_steps
         self.anneal_steps = jagged_restart_anneal_steps
         self.min_lr_scale = min_lr_scale
-        super().__init__(optimizer, inner_schedule.last_epoch)
+        # The first step of the base class counts up by one.
+        super().__init__(optimizer, inner_schedule.last_epoch - 1)
 
     def get_lr(self) -> list[float]:
         step = self.last_epoch
         self.inner_schedule.last_epoch = step
-        rates = self.inner_schedule.get_lr()
+        with warnings.catch_warnings():
+            # It is not stepped: its rate at this step is wanted, not a change of the optimizer.
+            warnings.filterwarnings("ignore", message="To get the last learning rate computed")
+            rates = self.inner_schedule.get_lr()
         since, left = step % self.restarts_steps, self.restarts_steps - step % self.restarts_steps
         if step < self.restarts_steps - self.anneal_steps:
             scale = 1.0

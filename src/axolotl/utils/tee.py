@@ -42,11 +42,11 @@ class Tee:
 class DebugLog:
     """Standard output and error, copied into one file while it is open. `logging` handlers on them follow."""
 
-    def __init__(self, path: Path, *, append: bool):
+    def __init__(self, path: Path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Line by line, so that a killed process has written what it printed.
-            self._file = path.open("a" if append else "w", encoding="utf-8", errors="replace", buffering=1)
+            self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
         except OSError as err:
             raise OutputError(f"{path} cannot be written: {err.strerror}. Choose another `output_dir`.") from err
         self._before = (sys.stdout, sys.stderr)
@@ -73,8 +73,8 @@ _open: list[DebugLog] = []
 def prepare_debug_log(cfg: Any, filename: str = "debug.log") -> str | None:
     """Begin to copy standard output and error into `<output_dir>/<filename>`. A log that is open already is closed.
 
-    The first process of a machine writes; a run that is resumed appends. The environment variable AXOLOTL_TEE_STDOUT=0
-    turns it off.
+    The first process of a machine writes, after what the file already holds: an evaluation keeps the log of the training.
+    The environment variable AXOLOTL_TEE_STDOUT=0 turns it off.
 
     Returns:
         The path of the log, or None when none is written.
@@ -87,7 +87,7 @@ def prepare_debug_log(cfg: Any, filename: str = "debug.log") -> str | None:
         return None
     close_debug_log()
     path = Path(cfg.output_dir) / filename
-    _open.append(DebugLog(path, append=bool(cfg.resume_from_checkpoint or cfg.auto_resume_from_checkpoints)))
+    _open.append(DebugLog(path))
     return str(path)
 
 

@@ -3,34 +3,58 @@ from __future__ import annotations
 import logging
 import sys
 
-from axolotl.utils.tee import start_tee, stop_tee
+import pytest
+
+from axolotl.exceptions import OutputError
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.tee import close_debug_log, prepare_debug_log
 
 
-def test_records_and_output_are_copied_until_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("AXOLOTL_TEE_STDOUT", "1")
-    first, second = tmp_path / "a/debug.log", tmp_path / "b/debug.log"
-    start_tee(first)
-    logging.getLogger("axolotl.x").warning("one record")
-    print("one line")
-    start_tee(second)
-    print("another line")
-    stop_tee()
-    print("after the end")
-    logging.getLogger("axolotl.x").warning("a late record")
-    assert "one record\n" in first.read_text()
-    assert "one line\n" in first.read_text()
-    assert second.read_text() == "another line\n"
-    assert capsys.readouterr().out == "one line\nanother line\nafter the end\n"
-    assert sys.stdout.isatty() is False
-
-
-def test_a_second_run_keeps_what_the_first_said(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
     monkeypatch.delenv("AXOLOTL_TEE_STDOUT", raising=False)
-    for text in ("first run", "second run"):
-        start_tee(tmp_path / "debug.log")
-        logging.getLogger("axolotl.x").warning(text)
-        stop_tee()
-    assert [line.rpartition("] ")[2] for line in (tmp_path / "debug.log").read_text().splitlines()] == [
-        "first run",
-        "second run",
-    ]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    yield
+    close_debug_log()
+
+
+def test_both_streams_and_logging_are_copied_without_colours(tmp_path, capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("tee_test")
+    logger.addHandler(handler)
+    before = (sys.stdout, sys.stderr)
+    path = prepare_debug_log(DictDefault(output_dir=str(tmp_path / "out")))
+    print("\033[32mto out\033[0m")
+    print("to err", file=sys.stderr)
+    logger.warning("to the log")
+    close_debug_log()
+    print("afterwards")
+    logger.warning("afterwards too")
+    logger.removeHandler(handler)
+    assert (tmp_path / "out" / "debug.log").read_text() == "to out\nto err\nto the log\n"
+    assert path == str(tmp_path / "out" / "debug.log")
+    assert (sys.stdout, sys.stderr) == before and handler.stream is before[1]
+    assert "\033[32mto out" in capsys.readouterr().out
+
+
+def test_a_later_run_in_the_same_folder_goes_on_in_the_same_log(tmp_path):
+    for text, expected in (("train", "train\n"), ("evaluate", "train\nevaluate\n")):
+        prepare_debug_log(DictDefault(output_dir=str(tmp_path)))
+        print(text)
+        close_debug_log()
+        assert (tmp_path / "debug.log").read_text() == expected
+
+
+@pytest.mark.parametrize("environment", [{"AXOLOTL_TEE_STDOUT": "0"}, {"LOCAL_RANK": "1"}])
+def test_off_and_other_ranks(tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert prepare_debug_log(DictDefault(output_dir=str(tmp_path))) is None
+    assert not (tmp_path / "debug.log").exists()
+
+
+def test_an_output_dir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/out/debug\.log"):
+        prepare_debug_log(DictDefault(output_dir=str(tmp_path / "file" / "out")))
+    assert not hasattr(sys.stdout, "_file")

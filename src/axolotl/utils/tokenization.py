@@ -140,9 +140,7 @@ def render_rows_html(rows: Iterable[Mapping[str, Any]], tokenizer, title: str) -
             f'title="{token}">{html.escape(text)}</span>'
             for token, label, text in zip(ids, labels, _token_texts(tokenizer, ids), strict=True)
         )
-        sections.append(
-            f"<h2>Row {number} <small>{len(ids)} tokens, {trained} learnt</small></h2>\n<pre>{spans}</pre>"
-        )
+        sections.append(f"<h2>Row {number} <small>{len(ids)} tokens, {trained} learnt</small></h2>\n<pre>{spans}</pre>")
     summary = f"{len(sections)} rows, {total} tokens, {trained_total} of them learnt."
     return _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(sections))
 

@@ -13,6 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import click
+
 from axolotl.exceptions import AxolotlError, ConfigError
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
@@ -29,12 +31,12 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
     rank = f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{rank}{explain_error(error)}", file=sys.stderr, flush=True)
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort" else 1
+    return INTERRUPTED if _is_interrupt(error) else 1
 
 
 def explain_error(error: BaseException) -> str:
     """The text shown for `error`, without a traceback."""
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if _is_interrupt(error):
         return "Interrupted."
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(error.problems, 1))
@@ -58,10 +60,7 @@ def explain_error(error: BaseException) -> str:
 
 
 def _explain_hub_error(error: BaseException) -> str | None:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for link in chain:
+    for link in _chain(error):
         if _is_a(link, "huggingface_hub.errors", "GatedRepoError"):
             return (
                 "this repository of the Hugging Face hub is gated. Accept its terms on its page, then run "
@@ -80,6 +79,19 @@ def _explain_hub_error(error: BaseException) -> str | None:
                 "Check the network (and HF_HUB_OFFLINE), or write a local path."
             )
     return None
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Ctrl-C, also where an import that it hit turned it into an ImportError."""
+    return any(isinstance(link, (KeyboardInterrupt, click.Abort)) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """`error`, its cause, the cause of that, and so on."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def innermost_frame(error: BaseException) -> str:

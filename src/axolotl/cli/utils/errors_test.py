@@ -49,18 +49,28 @@ def test_the_cause_of_a_wrapped_hub_error_is_found():
 
 def test_an_unexpected_error_names_its_place(capsys, monkeypatch):
     monkeypatch.delenv("AXOLOTL_DEBUG", raising=False)
-    from axolotl.utils.tee import start_tee
+    from axolotl.cli.utils.env import read_env_file
 
-    error = raised(lambda: start_tee(None))
+    error = raised(lambda: read_env_file(None))
     assert report_error(error) == 1
     err = capsys.readouterr().err
-    assert "AttributeError: 'NoneType' object has no attribute 'parent'" in err
-    assert "tee.py:" in err
+    assert "AttributeError: 'NoneType' object has no attribute 'read_text'" in err
+    assert "env.py:" in err
     assert "AXOLOTL_DEBUG=1" in err
     assert "Traceback" not in err
     monkeypatch.setenv("AXOLOTL_DEBUG", "1")
     report_error(error)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_an_import_swallowed():
+    def load():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from error
+
+    assert explain_error(raised(load)) == "Interrupted."
 
 
 def test_exit_codes_and_ranks(capsys, monkeypatch):

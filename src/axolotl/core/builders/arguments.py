@@ -69,6 +69,7 @@ OWN_SAME_NAME = (
     "eval_sample_packing",
     "image_resize_algorithm",
     "image_size",
+    "include_tkps",
     "jagged_restart_anneal_steps",
     "jagged_restart_steps",
     "jagged_restart_warmup_steps",
@@ -220,7 +221,8 @@ def read_distributed_args(cfg: DictDefault) -> dict[str, Any]:
         args["fsdp"] = cfg.fsdp if cfg.fsdp else True
         if cfg.fsdp_config:
             args["fsdp_config"] = {
-                key if key.startswith("fsdp_") else f"fsdp_{key}": value for key, value in cfg.fsdp_config.to_dict().items()
+                key if key.startswith("fsdp_") else f"fsdp_{key}": value
+                for key, value in cfg.fsdp_config.to_dict().items()
             }
     if cfg.deepspeed:
         args["deepspeed"] = cfg.deepspeed.to_dict() if isinstance(cfg.deepspeed, DictDefault) else cfg.deepspeed

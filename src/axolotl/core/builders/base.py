@@ -159,4 +159,6 @@ def _import_class(path: str | type) -> type:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import `{path}`: {error}. Write the full path of a class, `package.module.Class`.") from error
+        raise ConfigError(
+            f"cannot import `{path}`: {error}. Write the full path of a class, `package.module.Class`."
+        ) from error

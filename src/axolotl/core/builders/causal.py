@@ -56,7 +56,9 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         }
         if "eval_data_collator" in inspect.signature(trainer_cls.__init__).parameters:
             trainer_kwargs["eval_data_collator"] = self.build_collator(args, is_eval=True)
-            trainer_kwargs["dataset_tags"] = [d.path for d in cfg.datasets or [] if d.path and "/" in d.path and d.path[0] not in "./~"]
+            trainer_kwargs["dataset_tags"] = [
+                d.path for d in cfg.datasets or [] if d.path and "/" in d.path and d.path[0] not in "./~"
+            ]
         return self.create_trainer(trainer_cls, trainer_kwargs)
 
     def build_collator(self, training_args: Any, is_eval: bool = False) -> Any:

@@ -56,7 +56,7 @@ class AxolotlTrainer(
             "prediction_step",
             "evaluation_loop",
         ),
-        "AxolotlTrainer": ("log", "push_to_hub"),
+        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card"),
     }
 
     tag_names = ("axolotl",)
@@ -73,6 +73,7 @@ class AxolotlTrainer(
         self.eval_data_collator = eval_data_collator
         self.dataset_tags = dataset_tags
         self._stored_metrics: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.writes_model_card = True
         self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
         super().__init__(*_args, **kwargs)
         self.add_callback(StepWatch(self))
@@ -130,6 +131,11 @@ class AxolotlTrainer(
                 raise ValueError(f"Unknown reduction {how!r} for metric {key!r}. One of: {', '.join(REDUCTIONS)}.")
             stored = self._stored_metrics[train_eval].setdefault(key, {"values": [], "reduction": how})
             stored["values"].append(value.item() if torch.is_tensor(value) else value)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.create_model_card`, unless the run writes a card of its own (`writes_model_card` is False)."""
+        if self.writes_model_card:
+            super().create_model_card(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.push_to_hub`, with our tags and those of the datasets on the model card."""

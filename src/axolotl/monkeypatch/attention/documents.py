@@ -1,26 +1,64 @@
 """Where one document of a batch ends and the next begins, worked out once per step, before the first layer.
 
 A batch tells its documents by `cu_seq_lens_*` (packed for a varlen backend), by `position_ids` that start again, or by an
-`attention_mask` with padding. Backends disagree about which of these they look at: transformers' mask functions look at
-`position_ids` only while there is neither an attention mask nor a cache, and its flash attention only in batches of one
-row. `add_document_hook` puts every batch into the one form that the model's backend reads, so that packed documents cannot
-see each other on any of them.
+`attention_mask` with padding. What libraries make of these differs: transformers looks at `position_ids` only while there is
+neither a mask nor a cache, some of its models not at all, and its flash attention only in batches of one row. The hooks of
+`add_document_hook` tell every batch to the backend in the one way that always works: borders for varlen backends, and for the
+others a term in every mask that transformers builds. If a model uses neither, packed rows are refused instead of leaking.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    flex_attention_mask,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
 
 from axolotl.exceptions import ModelError
 
 HOOK_MARK = "_axolotl_document_hook"
 
 
-def document_starts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which tokens begin a document.
+@dataclass
+class Documents:
+    """The documents of the batch that is being computed.
+
+    Attributes:
+        ids: (B, T) int64, the same number for the tokens of one document.
+        used: whether an attention backend has asked for them.
+    """
+
+    ids: torch.Tensor
+    used: bool = False
+
+
+CURRENT: ContextVar[Documents | None] = ContextVar("axolotl_documents", default=None)
+
+
+def mark_used() -> None:
+    """Called by a backend that keeps the documents of this batch apart."""
+    documents = CURRENT.get()
+    if documents is not None:
+        documents.used = True
+
+
+def document_starts(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, bool]:
+    """Which tokens begin a document, and whether a row holds several.
 
     Args:
         position_ids: (B, T) int64; a document begins where the position does not grow. A jump forward stays in the
@@ -28,19 +66,33 @@ def document_starts(position_ids: torch.Tensor | None, attention_mask: torch.Ten
         attention_mask: (B, T), 0 for padding. A run of padding is a document of its own.
 
     Returns:
-        (B, T) bool, True in the first column, or None when neither argument is given.
+        (B, T) bool, True in the first column, or None when every row is one document without padding, and for a document
+        with padding inside it, which borders cannot tell. Then whether documents are packed, padding aside.
+
+    Raises:
+        ModelError: packed documents, one of which has padding inside it.
     """
     given = position_ids if position_ids is not None else attention_mask
-    if given is None:
-        return None
-    starts = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
-    starts[:, 0] = True
+    if given is None or given.shape[1] < 2:
+        return None, False
+    restarts = torch.zeros_like(given[:, 1:], dtype=torch.bool)
+    changes, torn, packed = restarts, restarts, restarts
     if position_ids is not None:
-        starts[:, 1:] |= position_ids[:, 1:] <= position_ids[:, :-1]
+        restarts = packed = position_ids[:, 1:] <= position_ids[:, :-1]
     if attention_mask is not None:
         real = attention_mask != 0
-        starts[:, 1:] |= real[:, 1:] != real[:, :-1]
-    return starts
+        earlier = real[:, :-1].cummax(dim=1).values
+        changes = real[:, 1:] != real[:, :-1]
+        torn = changes & real[:, 1:] & earlier & ~restarts
+        packed = restarts & real[:, 1:] & earlier
+    is_split, is_torn, is_packed = torch.stack([(restarts | changes).any(), torn.any(), packed.any()]).tolist()
+    if is_torn and is_packed:
+        raise ModelError(
+            "A batch has packed documents with padding inside one of them. Put padding at the end of a row."
+        )
+    if is_torn or not is_split:
+        return None, False
+    return torch.cat([torch.ones_like(restarts[:, :1]), restarts | changes], dim=1), is_packed
 
 
 def cu_seq_lens(starts: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -57,82 +109,111 @@ def cu_seq_lens(starts: torch.Tensor) -> tuple[torch.Tensor, int]:
     return borders.to(torch.int32), int(borders.diff().max())
 
 
-def _documents_for_varlen(kwargs: dict[str, Any], position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> dict:
-    """The batch with `cu_seq_lens_*` in place of the mask, or as it was when every row is one document."""
-    starts = document_starts(position_ids, mask)
-    if starts is None:
-        return kwargs
-    torn = torch.zeros((), dtype=torch.bool, device=starts.device)
-    if mask is not None:
-        real = mask != 0
-        # A document with padding inside it cannot be told by borders; the backend then reads the mask itself.
-        torn = ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any()
-    split, is_torn = torch.stack([starts[:, 1:].any(), torn]).tolist()
-    if not split or is_torn:
-        return kwargs
-    borders, longest = cu_seq_lens(starts)
-    return {
-        **kwargs,
-        "attention_mask": None,
-        "use_cache": False,
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+def _build_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, one of transformers' mask builders, with the documents of the batch as one more condition."""
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        documents = CURRENT.get()
+        sizes = (kwargs.get("batch_size"), kwargs.get("q_length"))
+        if documents is None or sizes != tuple(documents.ids.shape) or kwargs.get("kv_length") != sizes[1]:
+            return original(*args, **kwargs)
+        documents.used = True
+        together = packed_sequence_mask_function(documents.ids)
+        kwargs["mask_function"] = and_masks(kwargs.get("mask_function", causal_mask_function), together)
+        kwargs["allow_is_causal_skip"] = False
+        return original(*args, **kwargs)
+
+    return build
 
 
-def _documents_for_masks(kwargs: dict[str, Any], position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> dict:
-    """The batch so that transformers' `create_causal_mask` sees its documents: no mask and no cache beside them."""
-    if position_ids is None or position_ids.shape[1] < 2:
-        return kwargs
-    step = position_ids[:, 1:] - position_ids[:, :-1]
-    real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask != 0
-    joined = (~real[:, :-1] & real[:, 1:] & (step == 1)).any()
-    restarts, skips, padding_joined = torch.stack([(step <= 0).any(), (step > 1).any(), joined]).tolist()
-    if restarts and (skips or padding_joined):
-        what = "skip positions inside a document (`use_pose`)" if skips else "have padding in front of a document"
-        raise ModelError(
-            f"Packed rows that {what} cannot be told apart by this `attn_implementation`. Write `flash_attention: true`, "
-            "or `sample_packing: false`."
-        )
-    if restarts:
-        return {**kwargs, "attention_mask": None, "use_cache": False}
-    if skips and mask is None:
-        # Without a mask transformers would take each skipped position for the border of a document.
-        return {**kwargs, "attention_mask": torch.ones_like(position_ids)}
-    return kwargs
+MASK_BUILDERS = {
+    name: _build_mask(builder)
+    for name, builder in (("sdpa", sdpa_mask), ("eager", eager_mask), ("flex_attention", flex_attention_mask))
+}
 
 
-def add_document_hook(model: nn.Module, *, varlen: bool) -> None:
-    """Let `model` rewrite each batch into the form that its attention backend reads. Adding it twice changes nothing.
+def register_masks() -> None:
+    """Let transformers build the masks of `sdpa`, `eager` and `flex_attention` with documents. Safe to call again."""
+    for name, builder in MASK_BUILDERS.items():
+        AttentionMaskInterface.register(name, builder)
 
-    The hook stands on the decoder and not on the head, because peft calls the head's `forward` directly.
 
-    Args:
-        model: a transformers model.
-        varlen: whether the backend takes `cu_seq_lens_*`; otherwise it takes masks.
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The candidates for the tokens of a batch, whose first dimension is its number of rows."""
+    yield from (value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None)
+
+
+class DocumentHook:
+    """The hooks that one decoder carries: before its forward the documents are told, afterwards they are forgotten.
+
+    Attributes:
+        varlen: whether the backend takes `cu_seq_lens_*`.
+        checked: whether the backend reports that it used the documents; the flash-attn packages do not.
     """
-    decoder = model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
-    if HOOK_MARK in vars(decoder):
-        return
-    rewrite = _documents_for_varlen if varlen else _documents_for_masks
 
-    def documents_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        told = varlen and kwargs.get("cu_seq_lens_q") is not None
+    def __init__(self, *, varlen: bool, checked: bool):
+        self.varlen = varlen
+        self.checked = checked
+        self._tokens: list[Token[Documents | None] | None] = []
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        self._tokens.append(None)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        told = self.varlen and kwargs.get("cu_seq_lens_q") is not None
         if told or kwargs.get("past_key_values") is not None:
             return None
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return None
-        if position_ids is not None:
-            if position_ids.dim() != 2:
+        if positions is not None:
+            if positions.dim() != 2:
                 return None
-            tokens = next(
-                given for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if given is not None
-            )
-            position_ids = position_ids.expand(tokens.shape[0], -1)
-        return args, rewrite(kwargs, position_ids, mask)
+            positions = positions.expand(next(_tensors(args, kwargs)).shape[0], -1)
+        starts, packed = document_starts(positions, mask)
+        if starts is None or not (packed or self.varlen):
+            if positions is not None and mask is None and not self.varlen:
+                # Without a mask transformers would take a skipped position for the border of a document.
+                return args, {**kwargs, "attention_mask": torch.ones_like(positions)}
+            return None
+        self._tokens[-1] = CURRENT.set(Documents(starts.cumsum(1)))
+        if not self.varlen:
+            return args, {**kwargs, "attention_mask": torch.ones_like(starts, dtype=torch.int64), "use_cache": False}
+        borders, longest = cu_seq_lens(starts)
+        told_by_borders = {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        return args, {**kwargs, "attention_mask": None, "use_cache": False, **told_by_borders}
 
-    handle = decoder.register_forward_pre_hook(documents_hook, with_kwargs=True)
-    setattr(decoder, HOOK_MARK, handle)
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        token = self._tokens.pop()
+        if token is None:
+            return
+        documents = CURRENT.get()
+        CURRENT.reset(token)
+        if output is not None and self.checked and documents is not None and not documents.used:
+            raise ModelError(
+                f"{type(module).__name__} does not take its attention (or its masks) from transformers' interfaces, so that packed "
+                "documents would see each other. Write `sample_packing: false`."
+            )
+
+
+def add_document_hook(model: nn.Module, *, varlen: bool, checked: bool = True) -> None:
+    """Tell the documents of each batch to the attention backend of `model`. Adding it twice changes nothing.
+
+    The hooks stand on the decoder and not on the head, because peft calls the head's `forward` directly.
+
+    Args:
+        model: a transformers model.
+        varlen: whether the backend takes `cu_seq_lens_*`; otherwise it takes masks.
+        checked: whether the backend reports by `mark_used`.
+    """
+    decoder = model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
+    if HOOK_MARK in vars(decoder):
+        return
+    hook = DocumentHook(varlen=varlen, checked=checked)
+    decoder.register_forward_pre_hook(hook.before, with_kwargs=True)
+    decoder.register_forward_hook(hook.after, always_call=True)
+    setattr(decoder, HOOK_MARK, hook)

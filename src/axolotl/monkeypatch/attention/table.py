@@ -42,6 +42,9 @@ class AttentionBackend:
         return self.refused is None
 
 
+# Values of `layer_types` in transformers' configs; "hybrid" layers hold attention beside a state space.
+_RECURRENT = frozenset(("linear_attention", "mamba", "conv", "recurrent", "hybrid"))
+
 _INSTEAD = (
     "Write `attn_implementation: flash_attention_2` (the best varlen kernel present), `flex_attention` or `sdpa`."
 )
@@ -78,6 +81,22 @@ def _soft_cap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
+def recurrent_layers(config: PretrainedConfig) -> list[str]:
+    """Kinds of layers that carry a state from token to token (state spaces, linear attention, convolutions)."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    return sorted({kind for kind in kinds if kind in _RECURRENT})
+
+
+def check_packing(cfg: DictDefault, config: PretrainedConfig) -> None:
+    """Raise ConfigError where packed documents would leak into each other through layers that are not attention."""
+    kinds = recurrent_layers(config)
+    if cfg.sample_packing and kinds:
+        raise ConfigError(
+            f"`sample_packing: true` cannot be used with `base_model: {cfg.base_model}`: its {', '.join(kinds)} layers carry a state "
+            "from one packed document into the next. Write `sample_packing: false`."
+        )
+
+
 def _chunk(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "attention_chunk_size", None)
 
@@ -88,6 +107,8 @@ def varlen_refusal(
     """Why `axolotl_varlen` cannot serve this architecture, or None when it can."""
     if model_class is None or not model_class._supports_attention_backend:
         return "the model does not pass attention keywords through to its layers"
+    if recurrent_layers(config):
+        return "the model has recurrent layers, which read the padding mask"
     chunk = _chunk(config)
     if chunk and chunk < sequence_len:
         return f"the model attends in chunks of {chunk} tokens"
@@ -144,7 +165,7 @@ def resolve_attention(
     if wanted is not None and ATTENTION[wanted].refused:
         raise ConfigError(f"`attn_implementation: {wanted}` cannot be used: {ATTENTION[wanted].refused}")
 
-    supports_sdpa = model_class is None or model_class._supports_sdpa
+    supports_sdpa = (model_class is None or model_class._supports_sdpa) and _soft_cap(config) is None
     chosen, reason = wanted, "as written"
     if wanted in _FLASH_PACKAGES:
         chosen, reason = _best_flash(wanted, config, model_class, sequence_len)
@@ -163,10 +184,14 @@ def resolve_attention(
         reason = (
             "packed documents go through sdpa one by one instead of under a mask (`sdpa_varlen: false` turns it off)"
         )
-    if chosen == "sdpa" and not supports_sdpa:
+    if (chosen == "sdpa" and not supports_sdpa) or (chosen is None and _soft_cap(config) is not None):
         refusal = varlen_refusal(config, model_class, sequence_len)
-        chosen, was = (varlen.NAME if refusal is None else "eager"), chosen
-        reason = f"the model has no {was} attention"
+        chosen = varlen.NAME if refusal is None else "eager"
+        reason = (
+            "the model caps its scores, which sdpa cannot do"
+            if _soft_cap(config)
+            else "the model has no sdpa attention"
+        )
     if chosen is not None:
         note_choice(cfg, "attn_implementation", chosen, reason if wanted else f"not set; {reason}")
     return chosen

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from axolotl.monkeypatch.attention.documents import mark_used
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -105,7 +106,7 @@ def _attend(
     scores = (q_BHTD @ k_BKSD.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~mask, float("-inf"))
+    scores = scores.float() if mask is None else scores.float().masked_fill(~mask, float("-inf"))
     if sinks is not None:
         sink = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, q_len, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
@@ -147,6 +148,7 @@ def _run_kernel(
     causal: bool,
 ) -> torch.Tensor:
     """`varlen_attn` in the words of the installed PyTorch. Returns (N, H, D)."""
+    assert varlen_attn is not None, "kernel_refusal has been asked"
     value_dim = v_NKD.shape[-1]
     if value_dim < q_NHD.shape[-1]:
         # Latent attention has narrower values than keys; the kernel wants one head size.
@@ -201,8 +203,9 @@ def varlen_attention_forward(
     Returns:
         (B, T, H, D) and None, as no weights are kept.
     """
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    if cu_seq_lens_q is not None:
+        mark_used()
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     dtype = _compute_dtype(query, module)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -219,7 +222,7 @@ def varlen_attention_forward(
         dense_is_fine = attention_mask is not None or q_len != key.shape[2] or refusal or window is None
         if dense_is_fine:
             out = _attend(
-                query, key, value, scaling=scaling, causal=causal, window=window, softcap=softcap, sinks=s_aux,
+                query, key, value, scaling=scale, causal=causal, window=window, softcap=softcap, sinks=s_aux,
                 dropout=dropout, padding_BS=attention_mask,
             )  # fmt: skip
             return out.transpose(1, 2).contiguous(), None
@@ -229,7 +232,7 @@ def varlen_attention_forward(
     flat = [x.transpose(1, 2).reshape(rows * q_len, x.shape[1], x.shape[-1]) for x in (query, key, value)]
     if refusal is None and (window is None or "window_size" in _KERNEL_KEYWORDS):
         longest = int(max_length_q) if max_length_q is not None else int(cu_seq_lens_q.diff().max())
-        out_NHD = _run_kernel(*flat, cu_seq_lens_q.to(query.device), longest, scaling, window, causal)
+        out_NHD = _run_kernel(*flat, cu_seq_lens_q.to(query.device), longest, scale, window, causal)
     else:
         if query.is_cuda:
             LOG.warning_once(
@@ -238,9 +241,7 @@ def varlen_attention_forward(
         sizes = cu_seq_lens_q.diff().tolist()
         documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in flat), strict=True)
         attended = [
-            _attend(
-                q, k, v, scaling=scaling, causal=causal, window=window, softcap=softcap, sinks=s_aux, dropout=dropout
-            )
+            _attend(q, k, v, scaling=scale, causal=causal, window=window, softcap=softcap, sinks=s_aux, dropout=dropout)
             for q, k, v in documents
         ]
         out_NHD = torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)

@@ -62,7 +62,9 @@ def build_post_trainer_callbacks(cfg: DictDefault, trainer: Trainer) -> list[Tra
     if cfg.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     if cfg.lisa_step_interval and cfg.lisa_n_layers:
-        callbacks.append(lisa_callback_factory(trainer)(cfg.lisa_n_layers, cfg.lisa_step_interval, cfg.lisa_layers_attribute))
+        callbacks.append(
+            lisa_callback_factory(trainer)(cfg.lisa_n_layers, cfg.lisa_step_interval, cfg.lisa_layers_attribute)
+        )
     return callbacks
 
 

@@ -34,7 +34,9 @@ def lisa_callback_factory(trainer: Trainer) -> type[TrainerCallback]:
             self.trainer = trainer
             self.layers = find_layers(trainer.model, self.layers_attribute)
             if n_layers > len(self.layers):
-                raise ConfigError(f"`lisa_n_layers: {n_layers}` is more than the {len(self.layers)} layers of the model.")
+                raise ConfigError(
+                    f"`lisa_n_layers: {n_layers}` is more than the {len(self.layers)} layers of the model."
+                )
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % self.step_interval == 0 or state.global_step == 1:

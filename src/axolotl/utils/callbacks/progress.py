@@ -59,7 +59,9 @@ class ProgressCallback(TrainerCallback):
             if self.progress is None:
                 self._print(f"step {state.global_step}/{state.max_steps}  {self.line}  ETA {self._time_left(state)}")
         elif "eval_loss" in logs:
-            self._print(f"step {state.global_step}  eval loss {logs['eval_loss']:.4f}  ppl {logs.get('eval_ppl', 0):.2f}")
+            self._print(
+                f"step {state.global_step}  eval loss {logs['eval_loss']:.4f}  ppl {logs.get('eval_ppl', 0):.2f}"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -40,10 +40,10 @@ class QATCallback(TrainerCallback):
     """
 
     def __init__(self, cfg: Any):
-        self.cfg = cfg
+        self.qat = cfg
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        after = self.cfg.fake_quant_after_n_steps
+        after = self.qat.fake_quant_after_n_steps
         if after is None or model is None:
             return
         if state.global_step == 0:

@@ -13,7 +13,7 @@ content, and every answer is checked against the text itself:
 from __future__ import annotations
 
 import json
-import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +29,26 @@ _MARKER = "zzturn{}markerzz"
 _PLAIN_KEYS = frozenset({"role", "content"})
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _MAX_SKELETONS = 4096
+
+
+class Tokens(NamedTuple):
+    """A tokenized text: ids, and the first character of each token and the one after its last."""
+
+    ids: list[int]
+    starts: Sequence[int]
+    ends: Sequence[int]
+
+    def within(self, span: Span, control_ids: frozenset[int]) -> tuple[int, int]:
+        """The tokens that reach into the characters of `span`, as a half-open range.
+
+        A control token that swallows the white space beside it (`rstrip`, `lstrip`) is no part of the turn.
+        """
+        first, last = bisect_right(self.ends, span[0]), bisect_left(self.starts, span[1])
+        if first < last and self.starts[first] < span[0] and self.ids[first] in control_ids:
+            first += 1
+        if first < last and self.ends[last - 1] > span[1] and self.ids[last - 1] in control_ids:
+            last -= 1
+        return first, last
 
 
 class Skeleton(NamedTuple):
@@ -122,7 +142,9 @@ class TurnSpans:
             before, after = whole.split(marker)
             if len(before) + len(after) <= len(text) and text.startswith(before) and text.endswith(after):
                 return _span(len(before), len(text) - len(after))
-        return self._in_prefix(text, turns, tools, index, dummy) or self._in_whole(text, turns, tools, index, whole, marker)
+        return self._in_prefix(text, turns, tools, index, dummy) or self._in_whole(
+            text, turns, tools, index, whole, marker
+        )
 
     def _in_prefix(self, text: str, turns: Sequence[Turn], tools: list | None, index: int, dummy: Turn) -> Span | None:
         """The span found in the conversation up to the turn, when the text begins with it."""
@@ -131,7 +153,7 @@ class TurnSpans:
         if upto is None or marked is None or marked.count(dummy["content"]) != 1:
             return None
         before, after = marked.split(dummy["content"])
-        start = _common_prefix(upto, before)
+        start = common_prefix(upto, before)
         end = len(upto) - _common_suffix(upto[start:], after)
         if upto[:end] != text[:end]:
             return None
@@ -146,7 +168,7 @@ class TurnSpans:
         if whole is None or whole.count(marker) != 1:
             return None
         before, after = whole.split(marker)
-        start = _common_prefix(text, before)
+        start = common_prefix(text, before)
         end = len(text) - _common_suffix(text[start:], after)
         own = str(turns[index].get("content") or "")
         for beside in (index - 1, index + 1):
@@ -181,9 +203,14 @@ def _span(start: int, end: int) -> Span | None:
     return (start, end) if start < end else None
 
 
-def _common_prefix(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one, other]))
+def common_prefix(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
 
 
 def _common_suffix(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one[::-1], other[::-1]]))
+    return common_prefix(one[::-1], other[::-1])

@@ -17,7 +17,5 @@ __getattr__, __dir__ = lazy_names(
         "prepare_plugins": "axolotl.utils.config.validate",
         "normalize_config": "axolotl.utils.config.normalize",
         "normalize_cfg_datasets": "axolotl.utils.config.normalize",
-        "resolve_dtype": "axolotl.utils.config.machine",
-        "choose_device": "axolotl.utils.config.machine",
     },
 )

@@ -24,11 +24,6 @@ def resolve_world(cfg: DictDefault) -> None:
         cfg.ddp = cfg.world_size != 1
 
 
-def choose_device(cfg: DictDefault) -> None:
-    """The device of this rank, and how transformers places the model on devices. See `resolve_device`."""
-    resolve_device(cfg)
-
-
 def resolve_device(cfg: DictDefault) -> None:
     """Set `device` to where this rank computes and `device_map` to where transformers puts the model.
 

@@ -30,14 +30,18 @@ def prepare_plugins(cfg: DictDefault) -> None:
     """Load the classes under `plugins:` and hand each the config as written.
 
     Raises:
-        PluginError: a class cannot be imported or is not a plugin.
+        ConfigError: a class cannot be imported or is not a plugin; with it, whatever else is wrong with the config.
     """
     manager = PluginManager.get_instance()
-    names = cfg.plugins or []
+    names = _plugin_names(cfg)
     # One process may run several configs, one after another: each with its own plugins only.
     manager.plugins = {name: plugin for name, plugin in manager.plugins.items() if name in names}
-    for name in names:
-        manager.register(name)
+    try:
+        for name in names:
+            manager.register(name)
+    except PluginError:
+        validate_config(cfg)
+        raise
     manager.cfg = cfg
     for plugin in manager.plugins.values():
         plugin.register(cfg)
@@ -78,7 +82,7 @@ def _validated(cfg: DictDefault) -> DictDefault:
     _forget_derived(cfg)
     problems = apply_renames(cfg)
     problems += _plugin_problems(cfg)
-    models = merge_input_args() if cfg.plugins else (AxolotlConfigWCapabilities, AxolotlInputConfig)
+    models = merge_input_args() if _plugin_names(cfg) else (AxolotlConfigWCapabilities, AxolotlInputConfig)
     model = models[0] if cfg.capabilities or cfg.env_capabilities else models[1]
     unknown, warnings = unknown_keys(cfg, models[0])
     for warning in warnings:
@@ -94,21 +98,35 @@ def _validated(cfg: DictDefault) -> DictDefault:
         raise ConfigError(dict.fromkeys(problems))
     # What the checks filled in is typed too, and what nobody wrote gets its default.
     checked = model.model_validate(typed.to_dict(), context=FIELDS_ONLY)
-    return DictDefault(checked.model_dump(exclude_none=True))
+    result = DictDefault(checked.model_dump(exclude_none=True))
+    # Facts of the machine have no defaults: what is not known stays unknown.
+    for key in ("capabilities", "env_capabilities"):
+        result.pop(key, None)
+        if typed[key]:
+            result[key] = {name: value for name, value in typed[key].items() if value is not None}
+    return result
 
 
 def _forget_derived(cfg: DictDefault) -> None:
     """Let a config that was normalized before, such as one saved by a run, be validated as it was written."""
-    noted = [entry["key"] for entry in cfg.resolution or [] if isinstance(entry, dict) and "key" in entry]
+    if not isinstance(cfg.resolution, list):
+        return
+    cfg.resolution = [entry for entry in cfg.resolution if isinstance(entry, dict) and "key" in entry]
+    noted = [entry["key"] for entry in cfg.resolution]
     for key in DERIVED:
         if key in noted:
             cfg.pop(key, None)
 
 
+def _plugin_names(cfg: DictDefault) -> list[str]:
+    """What can be read of `plugins:`; the rest is refused with the fields."""
+    return [name for name in cfg.plugins if isinstance(name, str)] if isinstance(cfg.plugins, list | tuple) else []
+
+
 def _plugin_problems(cfg: DictDefault) -> list[str]:
     """Load the plugins that are not loaded yet, so that their keys are known."""
     problems = []
-    for name in cfg.plugins if isinstance(cfg.plugins, list) else []:
+    for name in _plugin_names(cfg):
         try:
             PluginManager.get_instance().register(name)
         except PluginError as err:

@@ -21,6 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import axolotl
+from axolotl.utils.data.synthetic import SYNTHETIC
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -122,6 +123,8 @@ def _is_local(path: Any) -> bool:
 def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str:
     """What the source of an entry holds now: content of local files, the commit of a hub dataset, the tag of an URL."""
     path = str(entry.path)
+    if entry.type == SYNTHETIC:
+        return SYNTHETIC
     if path.startswith(("https://", "http://")):
         return _web_fingerprint(path)
     if "://" in path:

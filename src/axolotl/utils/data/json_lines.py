@@ -88,7 +88,12 @@ def _write(files: Sequence[Path], kinds: dict[str, str], target: Path) -> bool:
         features = Features({name: KINDS[kind] if kind in KINDS else datasets.Json() for name, kind in kinds.items()})
         if writer is None:
             writer = ArrowWriter(features=features, path=str(target))
-        arrays = [_array(columns[name], kind, features.arrow_schema.field(name).type) for name, kind in kinds.items()]
+        arrays = []
+        for name, kind in kinds.items():
+            try:
+                arrays.append(_array(columns[name], kind, features.arrow_schema.field(name).type))
+            except UnicodeEncodeError as error:
+                raise _half_character(columns[name], name, num_rows - len(block)) from error
         writer.write_table(pa.Table.from_arrays(arrays, schema=features.arrow_schema))
     if writer is None or not kinds:
         raise DatasetError(f"dataset file {', '.join(map(str, files))} holds no rows.")
@@ -101,6 +106,16 @@ def _array(values: list[Any], kind: str, arrow_type: pa.DataType) -> pa.Array:
         return pa.array(values, type=arrow_type)
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pa.ExtensionArray.from_storage(arrow_type, pa.array(texts, type=arrow_type.storage_type))
+
+
+def _half_character(values: list[Any], column: str, first_row: int) -> DatasetError:
+    def is_whole(value: Any) -> bool:
+        return not any("\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False))
+
+    row = first_row + next((index for index, value in enumerate(values) if not is_whole(value)), 0)
+    return DatasetError(
+        f"row {row}, field `{column}`: the text holds half of a character (a lone surrogate, such as \\ud800)."
+    )
 
 
 def kind_of_column(values: list[Any]) -> str:

@@ -61,7 +61,7 @@ def print_report(report: dict[str, Any]) -> None:
     """The report as a table in the terminal."""
     table = Table(title="Dataset", show_header=False)
     table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column()
     for name, value in headline(report):
         table.add_row(name, value)
     for entry in report["datasets"]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from axolotl.exceptions import DatasetError
-from axolotl.utils.samplers.utils import get_dataset_lengths
+from axolotl.utils.samplers.utils import get_dataset_lengths, list_lengths
 
 IGNORE_INDEX = -100
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
@@ -59,7 +59,7 @@ def check_token_columns(dataset: Dataset, name: str) -> None:
         if dataset.data.column(column).null_count:
             row = next(i for i, value in enumerate(dataset.data.column(column)) if not value.is_valid)
             raise DatasetError(f"dataset {name}, row {row}: field `{column}` is missing.")
-        own = get_dataset_lengths(dataset.select_columns(column).rename_column(column, "input_ids"))
+        own = list_lengths(dataset, column)
         if lengths is None:
             lengths = own
         elif (own != lengths).any():

@@ -28,6 +28,7 @@ from axolotl.utils.data.lock import hold_lock
 from axolotl.utils.data.rows import add_pose_position_ids, apply_length_policy, count_trained_tokens, select_rows
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
 from axolotl.utils.data.steps import calculate_total_num_steps, packing_summary
+from axolotl.utils.data.synthetic import SYNTHETIC, synthetic_rows
 from axolotl.utils.data.tokenize import dataset_name, tokenize_dataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -115,10 +116,13 @@ def prepare_part(
     folder = root / key
     keep_in_memory = bool(cfg.dataset_keep_in_memory)
     rebuild = os.environ.get("AXOLOTL_IS_PREPROCESS") == "1"
+    found = None if rebuild else cache.load_prepared(folder, keep_in_memory)
+    if found is not None:
+        LOG.info(f"prepared dataset ({part}) with the same content found in {folder}: {len(found[0]):,} rows")
+        return found
     with hold_lock(root / f"{key}.lock"):
         found = None if rebuild else cache.load_prepared(folder, keep_in_memory) or _from_hub(cfg, key)
         if found is not None:
-            LOG.info(f"prepared dataset ({part}) with the same content found in {folder}: {len(found[0]):,} rows")
             return found
         with cache.build_folder(root, key) as aside, _scratch(aside):
             dataset, found_report = build_rows(cfg, entries, tokenizer, processor, part, str(aside))
@@ -195,7 +199,10 @@ def build_entry(
 ) -> tuple[Dataset, dict[str, Any]]:
     """One dataset: its rows as tokens, and what became of them."""
     name = dataset_name(entry)
-    raw = load_dataset_with_config(entry, cfg.hf_use_auth_token, cache_dir=cache_dir)
+    if entry.type == SYNTHETIC:
+        raw: Any = synthetic_rows(entry, cfg, tokenizer)
+    else:
+        raw = load_dataset_with_config(entry, cfg.hf_use_auth_token, cache_dir=cache_dir)
     if not isinstance(raw, Dataset) or not len(raw):
         raise DatasetError(f"dataset {name} is empty.")
     raw = take_shard(raw, entry, int(cfg.seed or 0))

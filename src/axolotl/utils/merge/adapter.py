@@ -92,7 +92,9 @@ def load_lora_config(adapter_dir: Path) -> LoraConfig:
         name for name in ("alora_invocation_tokens", "arrow_config", "use_qalora") if config.to_dict().get(name)
     ]
     if unmergeable:
-        raise ModelError(f"The adapter uses `{unmergeable[0]}`, whose effect is not a change of weights: no merge exists.")
+        raise ModelError(
+            f"The adapter uses `{unmergeable[0]}`, whose effect is not a change of weights: no merge exists."
+        )
     init = str(config.init_lora_weights).lower()
     if init in BASE_CHANGING_INITS or "_niter_" in init:
         raise ModelError(
@@ -117,6 +119,7 @@ class Adapter:
         blank = copy.deepcopy(config)
         blank.init_lora_weights = True  # the weights come from the file
         blank.lora_dropout = 0.0
+        blank.base_model_name_or_path = model.name_or_path  # peft warns when they differ
         plain_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         peft_model = get_peft_model(model, blank, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         self.changes: dict[str, Change] = {}
@@ -167,9 +170,7 @@ class Adapter:
             return others[0]
         raise ModelError(f"The adapter lacks `{key}`, the trained rows of its tokens. Save it again.")
 
-    def _lora_change(
-        self, name: str, path: str, module: LoraLayer, plain_shapes: dict[str, tuple[int, ...]]
-    ) -> Change:
+    def _lora_change(self, name: str, path: str, module: LoraLayer, plain_shapes: dict[str, tuple[int, ...]]) -> Change:
         keys: dict[str, str] = {}
         changed = _changed_params(module)
         for inner in module.state_dict():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,9 +26,14 @@ from axolotl.utils.merge import merge as merge_module
 from axolotl.utils.merge.tensors import parse_size
 
 ROWS = torch.arange(24).reshape(2, 12)
-LLAMA = dict(
-    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(**changes) -> LlamaConfig:
@@ -122,7 +129,11 @@ def test_merged_logits_are_the_adapters(name, tmp_path):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}, {"trainable_token_indices": [2, 69]}], ids=["trained", "resized only", "rows"])
+@pytest.mark.parametrize(
+    "lora",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}, {"trainable_token_indices": [2, 69]}],
+    ids=["trained", "resized only", "rows"],
+)
 def test_a_grown_vocabulary_is_written(tie, lora, tmp_path):
     base = save_base(tmp_path / "base", llama(tie_word_embeddings=tie))
     expected = save_adapter(base, tmp_path / "adapter", vocab_size=70, target_modules=["q_proj"], **lora)
@@ -151,8 +162,10 @@ def test_the_layout_and_names_of_the_base_are_kept(tmp_path):
         safe_open(tmp_path / "merged" / "model.safetensors", "pt") as after,
     ):
         assert set(before.keys()) == set(after.keys())
-        changed = {name for name in before.keys() if not torch.equal(before.get_tensor(name), after.get_tensor(name))}
-    assert changed == {f"model.layers.{layer}.mlp.experts.{e}.down_proj.weight" for layer in range(2) for e in range(12)}
+        changed = {name for name in before.keys() if not torch.equal(before.get_tensor(name), after.get_tensor(name))}  # noqa: SIM118
+    assert changed == {
+        f"model.layers.{layer}.mlp.experts.{e}.down_proj.weight" for layer in range(2) for e in range(12)
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,7 +174,7 @@ def test_half_types_keep_their_dtype(dtype, tmp_path):
     expected = save_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118
     assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == dtype
     assert report.logits.dtype == torch.float32
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=5e-2, atol=5e-2)
@@ -280,7 +293,9 @@ def test_other_kinds_of_adapter_are_named(tmp_path):
 def test_a_base_quantized_otherwise_is_refused(tmp_path):
     base = save_base(tmp_path / "base", llama())
     save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="gptq"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
@@ -323,9 +338,45 @@ def test_layer_by_layer_when_the_model_does_not_fit(tmp_path, monkeypatch):
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     assert report.logits is None and len(report.fidelity) == 14 and report.worst_layer[1] < 1e-5
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
-    assert isinstance(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"), PeftModel)
+    assert isinstance(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"), PeftModel
+    )
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("24GiB", 24 * 2**30), ("1.5 MB", 1_500_000), (7, 7)])
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+PEAK = """
+import pathlib, sys
+from axolotl.utils.merge import merge_adapter
+import axolotl.utils.merge.merge
+
+def memory(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = memory("VmRSS")
+merge_adapter(*sys.argv[1:4], prove=False, max_shard_size="100MB")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak from /proc")
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    """A base four times as deep, in files of 20 MB: the peak that the merge adds stays where it was."""
+    sizes, peaks = [], []
+    for num_layers in (3, 12):
+        config = llama(hidden_size=768, intermediate_size=2048, num_hidden_layers=num_layers, num_attention_heads=12)
+        folder = tmp_path / str(num_layers)
+        base = save_base(folder / "base", config, max_shard_size="20MB")
+        save_adapter(base, folder / "adapter", target_modules="all-linear")
+        command = [sys.executable, "-c", PEAK, str(base), str(folder / "adapter"), str(folder / "merged")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        sizes.append(sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2**20)
+        peaks.append(float(done.stdout.strip().splitlines()[-1]))
+    print(f"models of {sizes} MiB, peaks of {peaks} MiB")
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])

@@ -102,11 +102,18 @@ def adopt(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
+    foreach: bool | None = None,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    has_complex: bool = False,
     *,
-    clip_lambda: Callable[[float], float] | None = default_clip,
     beta1: float,
     beta2: float,
     lr: float | Tensor,
+    clip_lambda: Callable[[float], float] | None,
     weight_decay: float,
     decouple: bool,
     eps: float,
@@ -118,6 +125,8 @@ def adopt(
         params, grads: parameters and their gradients, same shapes.
         exp_avgs, exp_avg_sqs: first and second moments, updated.
         state_steps: float32 scalars, updated.
+        foreach, capturable, differentiable, fused, grad_scale, found_inf, has_complex: accepted for compatibility; not
+            needed by an update parameter by parameter.
         clip_lambda, beta1, beta2, lr, weight_decay, decouple, eps, maximize: as `ADOPT`.
     """
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True):

@@ -13,7 +13,9 @@ GOOD = {"base_model": "m", "learning_rate": "2e-4", "datasets": [{"path": "d", "
 
 
 def test_direct_use_applies_renames_and_checks():
-    cfg = AxolotlInputConfig(**DictDefault(GOOD | {"epochs": 2, "model_type": "LlamaForCausalLM", "sample_packing": True}))
+    cfg = AxolotlInputConfig(
+        **DictDefault(GOOD | {"epochs": 2, "model_type": "LlamaForCausalLM", "sample_packing": True})
+    )
     assert cfg.num_epochs == 2
     assert cfg.type_of_model == "LlamaForCausalLM"
     assert cfg.eval_sample_packing is True

@@ -33,6 +33,10 @@ RENAMES = {
     "load_4bit": "load_in_4bit",
     "load_8bit": "load_in_8bit",
     "offload_activations": "activation_offloading",
+    "eval_table_max_new_tokens": "eval_max_new_tokens",
+    "relora_steps": "jagged_restart_steps",
+    "relora_warmup_steps": "jagged_restart_warmup_steps",
+    "relora_anneal_steps": "jagged_restart_anneal_steps",
 }
 
 # Values of `optimizer` that are called otherwise now.
@@ -48,9 +52,9 @@ OPTIMIZER_RENAMES = {
 # Not another algorithm, only another name: no warning.
 SILENT_OPTIMIZER_RENAMES = frozenset({"adamw_hf", "lion", "paged_adamw", "paged_lion"})
 
-# Keys that would change a run and cannot be honoured: an error when set to anything but null or false.
+# Keys that would change a run and cannot be honoured: an error unless empty or false.
 REMOVED = {
-    "unsloth_cross_entropy_loss": "use `chunked_cross_entropy: true` or the cut_cross_entropy plugin",
+    "unsloth_cross_entropy_loss": "remove it; the loss is fused anyway",
     "unsloth_lora_mlp": "use `lora_mlp_kernel: true`",
     "unsloth_lora_qkv": "use `lora_qkv_kernel: true`",
     "unsloth_lora_o": "use `lora_o_kernel: true`",
@@ -63,6 +67,7 @@ REMOVED = {
     "dpo_norm_loss": "use `dpo_loss_type` with a length-normalised loss",
     "rpo_alpha": "use `dpo_loss_type: [sigmoid, sft]` with `dpo_loss_weights`",
     "flash_attn_rms_norm": "use `liger_rms_norm: true` with the liger plugin",
+    "xpos_rope": "use `overrides_of_model_config: {rope_scaling: ...}`",
     "landmark_attention": "remove it; for long context use `flash_attention: true` with a larger `sequence_len`",
 }
 
@@ -73,7 +78,10 @@ OBSOLETE = {
     "gptq_model_v1": "GPTQ models load with `gptq: true` alone",
     "gptq_triton": "GPTQ models load with `gptq: true` alone",
     "lora_out_dir": "use `output_dir`",
-    "xpos_rope": "use `overrides_of_model_config: {rope_scaling: ...}`",
+    "base_model_ignore_patterns": "only the files that are needed are downloaded",
+    "flash_attn_fuse_qkv": "use `lora_qkv_kernel: true`",
+    "log_sweep_min_lr": "the schedule `log_sweep` is gone; see `lr_scheduler`",
+    "log_sweep_max_lr": "the schedule `log_sweep` is gone; see `lr_scheduler`",
 }
 
 
@@ -95,7 +103,7 @@ class DeprecatedParameters(Words):
     dpo_norm_loss: bool | None = key("Removed: use `dpo_loss_type`.")
     rpo_alpha: float | None = key("Removed: use `dpo_loss_type` and `dpo_loss_weights`.")
     flash_attn_rms_norm: bool | None = key("Removed: use `liger_rms_norm`.")
-    unsloth_cross_entropy_loss: bool | None = key("Removed: use `chunked_cross_entropy`.")
+    unsloth_cross_entropy_loss: bool | None = key("Removed: the loss is fused anyway.")
     unsloth_lora_mlp: bool | None = key("Removed: use `lora_mlp_kernel`.")
     unsloth_lora_qkv: bool | None = key("Removed: use `lora_qkv_kernel`.")
     unsloth_lora_o: bool | None = key("Removed: use `lora_o_kernel`.")
@@ -112,11 +120,7 @@ def apply_renames(cfg: dict[str, Any]) -> list[str]:
     Returns:
         One message per key that cannot be honoured.
     """
-    problems = [
-        f"`{name}: {cfg[name]}` was removed; {remedy}."
-        for name, remedy in REMOVED.items()
-        if cfg.get(name) not in (None, False)
-    ]
+    problems = [f"`{name}: {cfg[name]}` was removed; {remedy}." for name, remedy in REMOVED.items() if cfg.get(name)]
     for name in REMOVED:
         cfg.pop(name, None)
     for old, new in ALIASES.items():
@@ -127,6 +131,9 @@ def apply_renames(cfg: dict[str, Any]) -> list[str]:
         problems += _rename(cfg, old, new)
     _split_gc_steps(cfg)
     _rename_optimizer(cfg)
+    if isinstance(cfg.get("pretraining_dataset"), str | dict):
+        entry = cfg["pretraining_dataset"]
+        cfg["pretraining_dataset"] = [{"path": entry} if isinstance(entry, str) else entry]
     problems += _clean_fsdp(cfg)
     if cfg.get("save_safetensors") is False:
         problems.append(
@@ -150,8 +157,11 @@ def _rename(cfg: dict[str, Any], old: str, new: str) -> list[str]:
 
 def _split_gc_steps(cfg: dict[str, Any]) -> None:
     """`gc_steps` did two things: empty the GPU cache every so many steps, and collect Python's garbage."""
-    steps = cfg.pop("gc_steps", None)
-    if not isinstance(steps, int) or steps == 0:
+    steps = cfg.get("gc_steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+        return  # not a number: reading the field refuses it
+    cfg.pop("gc_steps", None)
+    if not steps:
         return
     LOG.warning_once("`gc_steps` is deprecated. Write `torch_empty_cache_steps` and `gc_collect_steps`.")
     cfg.setdefault("gc_collect_steps", steps)

@@ -56,6 +56,19 @@ def test_gc_steps_is_two_keys(steps, after):
     assert cfg == after
 
 
+def test_gc_steps_that_is_no_number_is_left_for_the_field_to_refuse():
+    cfg = DictDefault(gc_steps="often")
+    apply_renames(cfg)
+    assert cfg == {"gc_steps": "often"}
+
+
+@pytest.mark.parametrize("written", ["org/name", {"path": "org/name"}, [{"path": "org/name"}]])
+def test_pretraining_dataset_may_be_one_entry(written):
+    cfg = DictDefault(pretraining_dataset=written)
+    apply_renames(cfg)
+    assert cfg.pretraining_dataset == [{"path": "org/name"}]
+
+
 def test_optimizer_of_older_files():
     cfg = DictDefault(optimizer="adamw_hf")
     apply_renames(cfg)

@@ -73,7 +73,9 @@ def test_no_word_of_pydantic_reaches_the_user():
         lora_target_modules=5, peft_layer_replication=[[1]], device_map=object, fp8_config={"recipe": 1}, max_memory=[1]
     )
     for line in found:
-        assert not any(word in line for word in ("pydantic", "input_value", "Input should", "instance of", "str_type")), line
+        assert not any(
+            word in line for word in ("pydantic", "input_value", "Input should", "instance of", "str_type")
+        ), line
 
 
 def test_messages_of_validators_are_kept():

@@ -6,9 +6,10 @@ wants a word takes the others; a boolean is never taken for a number.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -16,6 +17,30 @@ class Words(BaseModel):
     """A group of keys. Enum values are kept as plain text, so that a config stays plain data."""
 
     model_config = ConfigDict(use_enum_values=True, populate_by_name=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_key_left_blank_is_left_out(cls, data: Any) -> Any:
+        """YAML reads `num_epochs:` as null. Where null is no value of the key, it stands for the default."""
+        if not isinstance(data, dict) or None not in data.values():
+            return data
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None
+            or name not in fields
+            or fields[name].is_required()
+            or _takes_none(fields[name].annotation)
+        }
+
+
+def _takes_none(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _takes_none(get_args(annotation)[0])
+    return annotation in (None, type(None), Any) or any(
+        _takes_none(part) for part in get_args(annotation) if get_origin(annotation) in (Union, types.UnionType)
+    )
 
 
 # Pydantic loses these in the JSON schema of an optional number.
@@ -52,11 +77,13 @@ def number_as_text(value: Any) -> Any:
 
 
 def lower_case(value: Any) -> Any:
-    return value.strip().lower() if isinstance(value, str) else value
+    """An empty word is no word."""
+    return value.strip().lower() or None if isinstance(value, str) else value
 
 
 def upper_case(value: Any) -> Any:
-    return value.strip().upper() if isinstance(value, str) else value
+    """An empty word is no word."""
+    return value.strip().upper() or None if isinstance(value, str) else value
 
 
 def no_as_text(value: Any) -> Any:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.schemas.deprecated import ALIASES, OBSOLETE, REMOVED, RENAMES
 
 
 def read(text: str) -> AxolotlInputConfig:
@@ -39,6 +43,12 @@ def read(text: str) -> AxolotlInputConfig:
         ("peft_layer_replication: [[0, 4], [2, 6]]\nadapter: lora", "peft_layer_replication", [(0, 4), (2, 6)]),
         ("added_tokens_overrides: {128041: '<a>'}", "added_tokens_overrides", {128041: "<a>"}),
         ("chat_template: tokenizer_default_fallback_chatml", "chat_template", "tokenizer_default_fallback_chatml"),
+        ("num_epochs:", "num_epochs", 1.0),
+        ("output_dir:", "output_dir", "./model-out"),
+        ("bf16:", "bf16", None),
+        ("wandb_mode: ''", "wandb_mode", None),
+        ("wandb_watch: false", "wandb_watch", False),
+        ("chat_template: ChatML", "chat_template", "chatml"),
         ("lora_dropout: .05\nadapter: lora", "lora_dropout", 0.05),
     ],
 )
@@ -64,3 +74,29 @@ def test_value_as_written(text, key, value):
 def test_value_that_cannot_be_meant(text, words):
     with pytest.raises(ValueError, match=words):
         read(text)
+
+
+# What YAML may hold for a key, sensible or not.
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 4)
+    | st.floats()
+    | st.sampled_from(["", "auto", "1e-4", "no", "x", "lora"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["path", "type", "beta", "x", 1]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*AxolotlInputConfig.model_fields, *ALIASES, *RENAMES, *REMOVED, *OBSOLETE, "x", 1, None])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_any_mapping_is_read_or_refused_in_words(data):
+    base = {"base_model": "m", "learning_rate": 1e-4, "datasets": [{"path": "d", "type": "alpaca"}]}
+    try:
+        AxolotlInputConfig.model_validate(base | data)
+    except ValidationError as refusal:
+        assert "cannot be used: expected ." not in str(refusal)

@@ -18,13 +18,13 @@ class WandbConfig(Words):
     use_wandb: bool | None = key("Report to Weights & Biases. Set when `wandb_project` is.")
     wandb_name: Text | None = key("Name of the run.")
     wandb_run_id: Text | None = key("Id of the run, to continue it.")
-    wandb_mode: Annotated[Literal["online", "offline", "shared", "disabled"] | None, IGNORE_CASE] = key(
+    wandb_mode: Annotated[Literal["online", "offline", "shared", "disabled", "dryrun"] | None, IGNORE_CASE] = key(
         "`offline` keeps the run on this machine, `disabled` turns it off."
     )
     wandb_project: Text | None = key("Project of the run.")
     wandb_entity: Text | None = key("Team or user of the run.")
-    wandb_watch: str | None = key("What to record of the model: `gradients`, `all` or `false`.")
-    wandb_log_model: str | None = key("When to upload the model: `checkpoint`, `end` or `false`.")
+    wandb_watch: str | bool | None = key("What to record of the model: `gradients`, `all` or `false`.")
+    wandb_log_model: str | bool | None = key("When to upload the model: `checkpoint`, `end` or `false`.")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import StringConstraints
 
 from axolotl.utils.schemas.enums import ChatTemplate
-from axolotl.utils.schemas.fields import Int, Text, Words, key
+from axolotl.utils.schemas.fields import IGNORE_CASE, Int, Text, Words, key
 from axolotl.utils.schemas.model import SpecialTokensConfig
 
 
@@ -22,10 +22,12 @@ class TokensConfig(Words):
     special_tokens: SpecialTokensConfig | None = key("Special tokens to set or add.")
     tokens: list[Text] | None = key("Tokens to add to the tokenizer.")
     added_tokens_overrides: dict[Int, str] | None = key("Token id: text that replaces this reserved token.")
-    fix_untrained_tokens: Int | list[Int] | None = key("Token ids whose embeddings are set to the mean of the others.")
-    chat_template: ChatTemplate | Annotated[str, StringConstraints(pattern="^tokenizer_default_fallback_")] | None = (
-        key("Chat template: a name, `tokenizer_default`, `tokenizer_default_fallback_<name>` or `jinja`.")
+    fix_untrained_tokens: bool | Int | list[Int] | None = key(
+        "Give untrained embeddings (all zero) of tokens that occur in the data the mean of the others; or those of these ids."
     )
+    chat_template: Annotated[
+        ChatTemplate | Annotated[str, StringConstraints(pattern="^tokenizer_default_fallback_")] | None, IGNORE_CASE
+    ] = key("Chat template: a name, `tokenizer_default`, `tokenizer_default_fallback_<name>` or `jinja`.")
     chat_template_jinja: str | None = key("Jinja text of the chat template, or the path of a file with it.")
     chat_template_kwargs: dict[str, Any] | None = key("Arguments for the chat template.")
     eot_tokens: list[str] | None = key("Tokens that end a turn. Default: the tokenizer's `eos_token`.")

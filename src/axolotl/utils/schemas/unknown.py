@@ -67,7 +67,8 @@ def unknown_keys(data: dict[str, Any], model: type[BaseModel]) -> tuple[list[str
     warnings: list[str] = []
     for path, name, known in _strangers(data, model, ""):
         if not path and name in OBSOLETE:
-            warnings.append(f"`{name}` has no effect any more: {OBSOLETE[name]}.")
+            if data[name] is not None:
+                warnings.append(f"`{name}` has no effect any more: {OBSOLETE[name]}.")
             continue
         errors.append(_message(path, name, known))
     if os.environ.get("AXOLOTL_UNKNOWN_KEYS", "").lower() == "warn":

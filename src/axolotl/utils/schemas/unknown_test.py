@@ -17,7 +17,11 @@ from axolotl.utils.schemas.unknown import ENTRY_MODEL, PLUGIN_OF_PREFIX, nearest
         ({"datasets": [{"path": "a"}, {"pth": "b"}]}, "datasets.1.pth", "datasets.1.path"),
         ({"datasets": [{"type": {"fild_input": "b"}}]}, "datasets.0.type.fild_input", "datasets.0.type.field_input"),
         ({"test_datasets": [{"splitt": "b"}]}, "test_datasets.0.splitt", "test_datasets.0.split"),
-        ({"pretraining_dataset": [{"text_colum": "b"}]}, "pretraining_dataset.0.text_colum", "pretraining_dataset.0.text_column"),
+        (
+            {"pretraining_dataset": [{"text_colum": "b"}]},
+            "pretraining_dataset.0.text_colum",
+            "pretraining_dataset.0.text_column",
+        ),
         ({"trl": {"bta": 0.1}}, "trl.bta", "trl.beta"),
         ({"peft": {"loftq_config": {"loftq_bit": 4}}}, "peft.loftq_config.loftq_bit", "peft.loftq_config.loftq_bits"),
         ({"lr_groups": [{"modles": []}]}, "lr_groups.0.modles", "lr_groups.0.modules"),
@@ -70,6 +74,10 @@ def test_key_of_an_older_version_is_a_warning(key):
     assert warning == f"`{key}` has no effect any more: {OBSOLETE[key]}."
 
 
+def test_key_of_an_older_version_that_was_left_blank_says_nothing():
+    assert unknown_keys(dict.fromkeys(OBSOLETE), AxolotlInputConfig) == ([], [])
+
+
 def test_environment_turns_errors_into_warnings(monkeypatch):
     monkeypatch.setenv("AXOLOTL_UNKNOWN_KEYS", "warn")
     errors, (warning,) = unknown_keys({"sample_paking": True}, AxolotlInputConfig)
@@ -100,7 +108,9 @@ def test_every_prefix_belongs_to_a_key_of_its_plugin():
     for plugin, model in models.items():
         for name in model.model_fields:
             if name not in AxolotlInputConfig.model_fields:
-                assert any(name.startswith(prefix) for prefix, owner in PLUGIN_OF_PREFIX.items() if owner == plugin), name
+                assert any(name.startswith(prefix) for prefix, owner in PLUGIN_OF_PREFIX.items() if owner == plugin), (
+                    name
+                )
 
 
 def test_tables_name_keys_that_exist():

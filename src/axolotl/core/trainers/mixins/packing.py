@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -86,7 +88,8 @@ class PackingMixin(Trainer):
             dataset = self.eval_dataset[dataset]
         packed = self.args.sample_packing if self.args.eval_sample_packing is None else self.args.eval_sample_packing
         if not packed or dataset is None or isinstance(dataset, IterableDataset):
-            return super().get_eval_dataloader(eval_dataset)
+            with self._uneven_batches():
+                return super().get_eval_dataloader(eval_dataset)
         sampler = self._packing_sampler(
             dataset,
             EpochSampler(len(dataset), shuffle=False),
@@ -95,6 +98,22 @@ class PackingMixin(Trainer):
             drop_last=False,
         )
         return self._packed_dataloader(dataset, sampler, "Evaluation")
+
+    @contextlib.contextmanager
+    def _uneven_batches(self) -> Iterator[None]:
+        """Lets ranks have different numbers of evaluation batches, so that no row is evaluated twice.
+
+        The evaluation of the loss has no collective per batch. A sharded model has them in its forward; there accelerate
+        repeats rows until all ranks have as many.
+        """
+        config = self.accelerator.dataloader_config
+        before = config.even_batches
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.compute_metrics is None:
+            config.even_batches = False
+        try:
+            yield
+        finally:
+            config.even_batches = before
 
     def _packing_sampler(
         self, dataset: Dataset, order: Sampler, *, batch_size: int, max_len: int, drop_last: bool

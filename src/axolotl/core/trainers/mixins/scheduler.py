@@ -38,7 +38,8 @@ class SchedulerMixin(Trainer):
             self.lr_scheduler = scheduler
         elif args.alternate_lr_scheduler_type == "one_cycle":
             extra = dict(args.lr_scheduler_kwargs or {})
-            extra.setdefault("pct_start", warmup / num_training_steps)
+            # A rise of exactly one step would make torch divide by zero.
+            extra.setdefault("pct_start", min((2 if warmup == 1 else warmup) / num_training_steps, 1.0))
             if args.lr_div_factor is not None:
                 extra.setdefault("div_factor", args.lr_div_factor)
             rates = [group["lr"] for group in optimizer.param_groups]

@@ -96,7 +96,9 @@ class TokenLossMixin(Trainer):
         self.step_loss = torch.zeros((), device=device)
         return batches, sums[0].clamp(min=1)
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss = self.step_loss + loss.to(self.step_loss.device)
         return loss
@@ -237,5 +239,3 @@ class TokenLossMixin(Trainer):
 def _float64_device(device: torch.device) -> torch.device:
     """Where float64 sums can live: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-

@@ -64,16 +64,6 @@ def one_switch_chooses_the_attention(cfg: DictDefault) -> None:
         cfg.pop(switch, None)
 
 
-def s2_attention_does_not_exist_any_more(cfg: DictDefault) -> None:
-    """Shifted sparse attention changes what a model computes and is served by no backend here."""
-    if cfg.s2_attention:
-        raise ConfigError(
-            "`s2_attention: true` is no longer supported: shifted-sparse attention has no backend here. Write "
-            "`flash_attention: true`, which takes long sequences with less memory, and the exact attention."
-        )
-    cfg.pop("s2_attention", None)
-
-
 def flash_attn_d512_is_now_large_head_attention(cfg: DictDefault) -> None:
     """The older `flash_attn_d512` is `large_head_attention: triton_flash`."""
     if cfg.flash_attn_d512:
@@ -213,7 +203,6 @@ def packing_on_sdpa_in_bf16_is_risky_before_hopper(cfg: DictDefault) -> None:
 CHECKS = (
     attn_implementation_is_a_canonical_name_or_a_hub_kernel,
     one_switch_chooses_the_attention,
-    s2_attention_does_not_exist_any_more,
     flash_attn_d512_is_now_large_head_attention,
     gemma4_hybrid_attention_builds_on_flash_attention_2,
     packing_chooses_an_attention_that_knows_borders,

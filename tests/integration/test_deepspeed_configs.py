@@ -1,4 +1,4 @@
-"""Every shipped YAML passes validation, and every shipped DeepSpeed config is one."""
+"""The shipped DeepSpeed configs are whole and leave to the YAML what belongs there."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from axolotl.cli.config import read_config
-from axolotl.utils.config import validate_config
-
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".yml", ".yaml"))
 DEEPSPEED = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 12
+def test_the_documented_ones_are_there():
     assert {path.name for path in DEEPSPEED} == {
         "zero1.json",
         "zero1_torch_compile.json",
@@ -26,13 +21,6 @@ def test_there_are_examples():
         "zero3_bf16_cpuoffload_all.json",
         "zero3_bf16_cpuoffload_params.json",
     }
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_example_is_valid(path):
-    cfg = validate_config(read_config(path))
-    assert cfg.base_model
-    assert cfg.output_dir
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)

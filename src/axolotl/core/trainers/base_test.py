@@ -1,0 +1,67 @@
+"""Who owns which method, stored metrics, tags."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import Trainer
+
+from axolotl.core.trainers.base import AxolotlTrainer, perplexity
+from axolotl.core.trainers.utils import sanitize_kwargs_for_tagging
+from tests.integration.training_runs import make_trainer
+
+
+def overridden(cls: type) -> set[str]:
+    """Methods of Trainer that a class defines anew."""
+    return {
+        name for name in vars(cls) if name in dir(Trainer) and callable(vars(cls)[name]) and not name.startswith("__")
+    }
+
+
+def test_every_overridden_method_has_one_owner_and_stands_in_the_table():
+    owners: dict[str, str] = {}
+    for cls in AxolotlTrainer.__mro__[: AxolotlTrainer.__mro__.index(Trainer)]:
+        names = overridden(cls)
+        assert names == set(AxolotlTrainer.OWNERS.get(cls.__name__, ())), cls.__name__
+        for name in names:
+            assert name not in owners, f"{name} is owned by {owners[name]} and {cls.__name__}"
+            owners[name] = cls.__name__
+    assert set(AxolotlTrainer.OWNERS) == set(owners.values())
+
+
+def test_stored_metrics_are_reduced_and_logged_once(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.store_metrics({"a": 1.0, "b": torch.tensor(4.0)})
+    trainer.store_metrics({"a": 3.0, "b": 2.0}, reduction="max")
+    trainer.store_metrics({"c": (5, "sum")})
+    trainer.store_metrics({"c": (6, "sum")})
+    trainer.store_metrics({"d": 1.0}, train_eval="eval")
+    trainer.log({"loss": 1.0})
+    entry = trainer.state.log_history[-1]
+    # The first reduction that a name was stored with stays.
+    assert (entry["a"], entry["b"], entry["c"]) == (2.0, 3.0, 11)
+    assert "d" not in entry
+    trainer.log({"loss": 1.0})
+    assert "a" not in trainer.state.log_history[-1]
+    trainer.log({"eval_loss": 2.0})
+    assert trainer.state.log_history[-1]["d"] == 1.0
+    assert trainer.state.log_history[-1]["eval_ppl"] == pytest.approx(math.exp(2.0))
+
+
+def test_an_unknown_reduction_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'median'"):
+        make_trainer(tmp_path).store_metrics({"a": 1.0}, reduction="median")
+
+
+def test_tags_are_added_to_the_given_ones():
+    assert sanitize_kwargs_for_tagging(("axolotl",), ["d"], {"tags": "mine"}) == {
+        "tags": ["mine", "axolotl"],
+        "dataset_tags": ["d"],
+    }
+    assert sanitize_kwargs_for_tagging("axolotl", None, {"tags": ["axolotl"]}) == {"tags": ["axolotl"]}
+
+
+def test_perplexity_of_a_huge_loss_is_infinite():
+    assert perplexity(1e9) == math.inf

@@ -1,0 +1,354 @@
+"""Chat templates: the ids are those of inference, the labels those of the turns that are learnt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl.conftest import make_tokenizer
+from axolotl.datasets import TokenizedPromptDataset
+from axolotl.exceptions import AxolotlError, ConfigError, DatasetError, TokenizerError
+from axolotl.prompt_strategies.chat_template import ChatTemplatePrompter, ChatTemplateStrategy, load
+from axolotl.utils.chat_templates import chat_template_names, get_chat_template
+from axolotl.utils.dict import DictDefault
+
+TOKENIZER = make_tokenizer()
+NO_SYSTEM = {"gemma"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def strategy_of(template="chatml", cfg=None, tokenizer=TOKENIZER, **ds_cfg):
+    return load(tokenizer, DictDefault(sequence_len=512, **(cfg or {})), DictDefault(chat_template=template, **ds_cfg))
+
+
+def chat(*contents, system=None):
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    return turns + [
+        {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
+    ]
+
+
+def learnt(tokenized, tokenizer=TOKENIZER):
+    """The learnt pieces of text, in order."""
+    pieces, current = [], []
+    for token, label in zip([*tokenized["input_ids"], None], [*tokenized["labels"], -100], strict=True):
+        if label != -100:
+            assert label == token
+            current.append(token)
+        elif current:
+            pieces.append(tokenizer.decode(current))
+            current = []
+    return pieces
+
+
+CONTENT = st.text(st.sampled_from("abz Hello[]\n<>|é😀 im_end"), min_size=1, max_size=12)
+WRITTEN = CONTENT.filter(lambda text: text.strip() == text)
+
+
+@pytest.mark.parametrize("name", chat_template_names())
+@given(contents=st.lists(CONTENT, min_size=2, max_size=6).filter(lambda c: len(c) % 2 == 0), system=CONTENT)
+@settings(max_examples=8, deadline=None)
+def test_ids_are_those_of_apply_chat_template(name, contents, system):
+    turns = chat(*contents, system=None if name in NO_SYSTEM else system)
+    template = get_chat_template(name)
+    expected = TOKENIZER.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=False)
+    assert strategy_of(name).tokenize_prompt({"messages": turns})["input_ids"] == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral_v1", "phi_35", "qwen3", "alpaca"])
+@given(contents=st.lists(WRITTEN, min_size=2, max_size=6).filter(lambda c: len(c) % 2 == 0))
+@settings(max_examples=25, deadline=None)
+def test_what_is_learnt_is_the_answers(name, contents):
+    strategy = strategy_of(name, train_on_eos="none")
+    turns = chat(*contents)
+    assert [piece.strip() for piece in learnt(strategy.tokenize_prompt({"messages": turns}))] == contents[1::2]
+
+
+@given(st.lists(st.lists(CONTENT, min_size=2, max_size=4), min_size=1, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_a_batch_equals_its_rows(conversations):
+    strategy = strategy_of()
+    rows = [chat(*contents) for contents in conversations]
+    batch = strategy.tokenize_prompt({"messages": rows})
+    for index, row in enumerate(rows):
+        assert {key: values[index] for key, values in batch.items()} == strategy.tokenize_prompt({"messages": row})
+
+
+def test_the_end_token_that_the_template_writes_is_learnt():
+    cfg = DictDefault(sequence_len=512)
+    strategy = load(TOKENIZER, cfg, DictDefault(chat_template="chatml"))
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")})) == ["Yo<|im_end|>", "B<|im_end|>"]
+    assert cfg.resolution[0].key == "eot_tokens" and cfg.resolution[0].value == ["</s>", "<|im_end|>"]
+
+
+def test_where_the_template_writes_eos_nothing_is_chosen():
+    cfg = DictDefault(sequence_len=512)
+    strategy = load(TOKENIZER, cfg, DictDefault(chat_template="mistral_v1"))
+    assert cfg.resolution is None and strategy.eot_tokens == ["</s>"]
+    assert [p.strip() for p in learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")}))] == [
+        "Yo</s>",
+        "B</s>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("turn", ["Yo<|im_end|>", "B<|im_end|>"]),
+        ("all", ["<|im_end|>", "Yo<|im_end|>", "<|im_end|>", "B<|im_end|>"]),
+        ("last", ["Yo", "B<|im_end|>"]),
+        ("none", ["Yo", "B"]),
+    ],
+)
+def test_train_on_eot(option, expected):
+    strategy = strategy_of(cfg={"eot_tokens": ["<|im_end|>"]}, train_on_eot=option)
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")})) == expected
+
+
+@pytest.mark.parametrize("option", ["turn", "all", "last", "none"])
+def test_eos_a_few_tokens_after_the_turn_belongs_to_it(option):
+    strategy = strategy_of("phi_35", cfg={"eot_tokens": ["<|end|>"]}, train_on_eos=option, train_on_eot="none")
+    pieces = learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo")}))
+    assert pieces == (["Yo"] if option == "none" else ["Yo", "</s>"])
+
+
+def test_eot_tokens_are_followed_to_the_letter():
+    strategy = strategy_of(cfg={"eot_tokens": ["<|end|>"]})
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo")})) == ["Yo"]
+    with pytest.raises(TokenizerError, match="EOT token 'not one' is encoded as multiple tokens"):
+        strategy_of(cfg={"eot_tokens": ["not one"]})
+    with pytest.raises(ConfigError, match="Conflict between train_on_eos and train_on_eot"):
+        strategy_of(cfg={"eot_tokens": ["</s>"]}, train_on_eos="turn", train_on_eot="all")
+    with pytest.raises(ConfigError, match="train_on_eos: sometimes"):
+        strategy_of(train_on_eos="sometimes")
+
+
+def test_roles():
+    messages = [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}, {"role": "bot", "content": "Z"}]
+    strategy = strategy_of(train_on_eos="none", roles_to_train=["human", "bot"])
+    assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hi", "Z"]
+    strategy = strategy_of(train_on_eos="none", roles={"assistant": ["bot"], "user": ["human", "gpt"]})
+    assert [turn["role"] for turn in strategy.get_conversation_thread({"messages": messages})] == [
+        "user",
+        "user",
+        "assistant",
+    ]
+    assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Z"]
+
+
+def test_train_on_inputs_learns_every_turn():
+    strategy = strategy_of(cfg={"train_on_inputs": True}, train_on_eos="none")
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", system="S")})) == ["S", "Hi", "Yo"]
+
+
+def test_other_names_of_fields():
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "sys": "S"}
+    strategy = strategy_of(
+        field_messages="conversations",
+        field_system="sys",
+        message_property_mappings={"role": "from", "content": "value"},
+    )
+    expected = strategy_of().tokenize_prompt({"messages": chat("Hi", "Yo", system="S")})
+    assert strategy.tokenize_prompt(row) == expected
+    older = strategy_of(
+        field_messages="conversations", field_system="sys", message_field_role="from", message_field_content="value"
+    )
+    assert older.tokenize_prompt(row) == expected
+    assert strategy_of().tokenize_prompt({"messages": json.dumps(chat("Hi", "Yo", system="S"))}) == expected
+
+
+def test_drop_system_message():
+    row = {"messages": chat("Hi", "Yo", system="S")}
+    assert strategy_of(drop_system_message=True).tokenize_prompt(row) == strategy_of().tokenize_prompt(
+        {"messages": chat("Hi", "Yo")}
+    )
+    with pytest.raises(DatasetError, match="drop_system_message"):
+        strategy_of(drop_system_message=True).tokenize_prompt({"messages": row["messages"][:1]})
+
+
+def test_flags_of_messages_go_before_roles():
+    messages = [
+        {"role": "user", "content": "Hi", "learn": True},
+        {"role": "assistant", "content": "Yo", "learn": False},
+        {"role": "assistant", "content": "Z", "learn": None},
+    ]
+    strategy = strategy_of(message_field_training="learn", train_on_eos="turn")
+    assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hi<|im_end|>", "Z<|im_end|>"]
+
+
+def test_details_of_messages_choose_characters():
+    text = "Hello, how are you?"
+    details = [
+        {"begin_offset": 0, "end_offset": 5, "train": True},
+        {"begin_offset": 6, "end_offset": 18, "train": False},
+    ]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text, "detail": details}]
+    for template in ("chatml", "llama3"):
+        strategy = strategy_of(template, message_field_training_detail="detail", train_on_eos="none")
+        assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hello,"]
+    strategy = strategy_of("llama3", message_field_training_detail="detail", train_on_eos="none")
+    messages[1]["content"] = "  " + text
+    messages[1]["detail"] = [{"begin_offset": 2, "end_offset": 7, "train": True}]
+    assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hello,"]
+
+
+def test_parts_of_content():
+    parts = [
+        {"type": "text", "text": "Hello,", "train": False},
+        {"type": "text", "value": " how are", "weight": 1},
+        {"type": "text", "content": " you?"},
+    ]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}]
+    strategy = strategy_of(train_on_eos="none")
+    tokenized = strategy.tokenize_prompt({"messages": messages})
+    assert (
+        tokenized["input_ids"] == strategy.tokenize_prompt({"messages": chat("Hi", "Hello, how are you?")})["input_ids"]
+    )
+    assert learnt(tokenized) == [" how are you?"]
+
+
+def test_reasoning_is_learnt_with_its_tags():
+    think = "<think>\nbecause\n</think>\n\nYo"
+    strategy = strategy_of("qwen3", split_thinking=True, train_on_eos="none")
+    row = {"messages": chat("Hi", "<think>because</think>Yo")}
+    turn = strategy.get_conversation_thread(row)[1]
+    assert (turn["reasoning_content"], turn["content"]) == ("because", "Yo")
+    assert learnt(strategy.tokenize_prompt(row)) == [think]
+    named = strategy_of("qwen3", field_thinking="why", train_on_eos="none")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "why": "because"}]
+    assert learnt(named.tokenize_prompt({"messages": messages})) == [think]
+    assert learnt(strategy_of("qwen3", train_on_eos="none").tokenize_prompt({"messages": chat("Hi", "Yo")})) == ["Yo"]
+
+
+def test_reasoning_that_the_template_drops_from_earlier_turns():
+    messages = chat("Hi", "Yo", "A", "B")
+    messages[1]["reasoning_content"] = "because"
+    assert learnt(strategy_of("qwen3", train_on_eos="none").tokenize_prompt({"messages": messages})) == ["Yo", "B"]
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_tool_calls_are_learnt(arguments):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    row = {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "add", "arguments": arguments}}],
+            },
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "Two"},
+        ],
+        "my_tools": json.dumps(TOOLS),
+    }
+    strategy = strategy_of("qwen_25", field_tools="my_tools", train_on_eos="none")
+    tokenized = strategy.tokenize_prompt(row)
+    assert [piece.strip() for piece in learnt(tokenized)] == [call, "Two"]
+    assert "<tools>" in TOKENIZER.decode(tokenized["input_ids"])
+    with pytest.raises(DatasetError, match="Error parsing tool_calls arguments as JSON"):
+        row["messages"][1]["tool_calls"][0]["function"]["arguments"] = "{a: 1"
+        strategy.tokenize_prompt(row)
+
+
+def test_only_the_last_turn_when_nothing_says_what_to_learn():
+    strategy = ChatTemplateStrategy(
+        ChatTemplatePrompter(TOKENIZER, get_chat_template("chatml")), TOKENIZER, train_on_inputs=False, sequence_len=512
+    )
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")})) == ["B<|im_end|>\n"]
+
+
+def test_find_turn_and_first_eot():
+    strategy = strategy_of()
+    turns = strategy.get_conversation_thread({"messages": chat("Hi", "Yo", "A", "B", system="S")})
+    ids = strategy.prompter.build_prompt(turns)
+    for index, text in enumerate(["S", "Hi", "Yo", "A", "B"]):
+        start, end = strategy.find_turn(turns=turns, turn_idx=index)
+        assert TOKENIZER.decode(ids[start:end]) == text
+        assert strategy.find_first_eot_token(ids, start_idx=start) == end
+    assert strategy.find_first_eot_token(ids[:2], start_idx=0) == -1
+    with pytest.raises(ValueError, match="out of range"):
+        strategy.find_turn(turns=turns, turn_idx=5)
+    prompt = strategy.prompter.build_prompt(turns[:2], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt
+
+
+def test_absent_keys_that_arrow_fills_with_null(tiny_tokenizer):
+    messages = [*chat("Hi", "Yo"), {"role": "tool", "content": "x", "name": "n"}]
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"messages": messages}])
+    strategy = strategy_of()
+    assert TokenizedPromptDataset(strategy, rows)[0] == strategy.tokenize_prompt({"messages": messages})
+
+
+def test_an_empty_answer_is_reported_once_with_its_place(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    from datasets import Dataset
+
+    rows = Dataset.from_list(
+        [{"messages": chat("Hi", "Yo")}, {"messages": chat("Hi", "")}, {"messages": chat("A", "")}]
+    )
+    dataset = TokenizedPromptDataset(strategy_of(), rows)
+    assert set(dataset[1]["labels"]) == {-100}
+    assert [r.message for r in caplog.records if "nothing of it is learnt" in r.message] == [
+        "Row 1, turn 1 (assistant) should be learnt, but it is empty: nothing of it is learnt. "
+        "Further turns like this one are not reported."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": None}, "Messages is null. Please check `field_messages`"),
+        ({"messages": 3}, "Unknown messages format"),
+        ({"messages": []}, "holds no message"),
+        ({"messages": "{oops"}, "is text, but not JSON"),
+        ({"messages": [{"content": "x"}]}, "A message has no `role`.*message_property_mappings"),
+        ({"messages": chat("a", "b"), "tools": "x"}, "`tools` is text, but not JSON"),
+    ],
+)
+def test_bad_rows(row, says):
+    with pytest.raises(DatasetError, match=says):
+        strategy_of().tokenize_prompt(row)
+
+
+def test_a_message_without_content_is_an_error_that_names_row_and_key():
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"messages": chat("Hi", "Yo")}, {"messages": [{"role": "user", "text": "x"}]}])
+    with pytest.raises(DatasetError, match=r"Row 1 .*'dict object' has no attribute 'content'"):
+        TokenizedPromptDataset(strategy_of(), rows)
+
+
+def test_a_tokenizer_without_template():
+    with pytest.raises(
+        AxolotlError, match="chat_template choice is tokenizer_default but tokenizer's chat_template is null"
+    ):
+        load(TOKENIZER, DictDefault(sequence_len=8), DictDefault())
+
+
+def test_the_strategy_travels_to_other_processes():
+    import pickle
+
+    strategy = strategy_of()
+    row = {"messages": chat("Hi", "Yo")}
+    assert pickle.loads(pickle.dumps(strategy)).tokenize_prompt(row) == strategy.tokenize_prompt(row)
+
+
+def test_a_control_token_that_swallows_white_space_is_no_part_of_the_turn():
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken("<|reply|>", rstrip=True, special=True), AddedToken("<|stop|>", lstrip=True, special=True)]
+    )
+    template = "{% for m in messages %}<|reply|>{{ m.content }}<|stop|>{% endfor %}"
+    strategy = strategy_of("jinja", tokenizer=tokenizer, chat_template_jinja=template, train_on_eos="none")
+    tokenized = strategy.tokenize_prompt({"messages": [{"role": "assistant", "content": "  Hello  "}]})
+    assert learnt(tokenized, tokenizer) == ["Hello"]

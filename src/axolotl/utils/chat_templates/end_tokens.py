@@ -1,0 +1,49 @@
+"""Which token ends a turn, when the config does not say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from axolotl.utils.chat_templates.spans import Render
+from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = get_logger(__name__)
+
+END_TOKEN_REACH = 3
+"""An end token at most this many tokens after a turn belongs to it."""
+
+
+def end_tokens_of(tokenizer: PreTrainedTokenizerBase, render: Render, cfg: DictDefault) -> list[str] | None:
+    """EOS, and the token that the template writes after an assistant turn where that is another one."""
+    mark = "zzanswerzz"
+    try:
+        text = render([{"role": "user", "content": "zzquestionzz"}, {"role": "assistant", "content": mark}])
+    except (jinja2.TemplateError, TypeError) as error:
+        LOG.warning(
+            f"The chat template refuses a question and an answer ({error}), so the end-of-turn token is taken to be EOS. "
+            "Name others under `eot_tokens:`."
+        )
+        return None
+    tail = text.partition(mark)[2]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"][: END_TOKEN_REACH + 1]
+    white_space = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if not token.content.strip()}
+    control = (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) - white_space
+    written = next((token for token in ids if token in control), None)
+    if written is None:
+        LOG.warning(
+            "The chat template writes no end-of-turn token after an assistant turn, so the model does not learn to stop. "
+            f"After the answer it writes {tail!r}. If that is an end-of-turn token, add it under `tokens:`."
+        )
+        return None
+    if written == tokenizer.eos_token_id:
+        return None
+    token = tokenizer.convert_ids_to_tokens(written)
+    tokens = [*([tokenizer.eos_token] if tokenizer.eos_token else []), token]
+    note_choice(cfg, "eot_tokens", tokens, f"the chat template ends assistant turns with {token}, not only with EOS")
+    return tokens

@@ -1,0 +1,60 @@
+"""Optimizers and schedules as the trainer sets them up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from axolotl.utils.optimizers.adopt import ADOPT
+from tests.integration.training_runs import make_trainer, steps_of
+
+
+def run(folder, **kwargs):
+    trainer = make_trainer(folder, max_steps=4, per_device_train_batch_size=4, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
+def test_optimizers_of_transformers(tmp_path, optim):
+    assert all(math.isfinite(value) for step in steps_of(run(tmp_path, optim=optim)) for value in step)
+
+
+def test_rates_by_group(tmp_path):
+    trainer = run(
+        tmp_path, embedding_lr=5e-4, lr_groups=[{"name": "v", "modules": ["v_proj"], "lr": 2e-3}], weight_decay=0.1
+    )
+    rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"embeddings": 5e-4, "v": 2e-3, "parameters": 1e-3}
+    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups if group["name"] == "parameters"}
+    assert decays == {0.0, 0.1}
+
+
+def test_lora_plus(tmp_path):
+    trainer = run(tmp_path, lora={}, loraplus_lr_ratio=16.0)
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]} == {1e-3, 16e-3}
+
+
+def test_an_optimizer_class_with_arguments(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, per_device_train_batch_size=4)
+    trainer.optimizer_cls_and_kwargs = (ADOPT, {"lr": 1e-3})
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, ADOPT)
+
+
+@pytest.mark.parametrize(
+    ("args", "rates"),
+    [
+        ({"alternate_lr_scheduler_type": "rex"}, [0, 1e-3, 1e-3 * (2 / 3) / 0.7]),
+        ({"cosine_min_lr_ratio": 0.5}, [0, 1e-3, 1e-3 * 0.875]),
+        ({"cosine_min_lr_ratio": 0.5, "cosine_constant_lr_ratio": 0.5}, [0, 1e-3, 5e-4, 5e-4]),
+        ({"lr_quadratic_warmup": True, "warmup_steps": 2}, [0, 2.5e-4, 1e-3]),
+        ({"lr_scheduler_type": "constant_with_warmup"}, [0, 1e-3, 1e-3]),
+        ({"alternate_lr_scheduler_type": "one_cycle", "lr_div_factor": 10.0}, [1e-4, 1e-3]),
+    ],
+)
+def test_schedules(tmp_path, args, rates):
+    trainer = run(tmp_path, **{"warmup_steps": 1, **args})
+    seen = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert seen[: len(rates)] == pytest.approx(rates, rel=1e-6)

@@ -1,0 +1,204 @@
+"""The loss is the same however a global batch is packed, split, or spread over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from axolotl.core.trainers.causal_loss import OutputHead
+from tests.integration.training_runs import make_rows, make_trainer, steps_of
+from tests.tiny import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, micro_batch_size: int, accumulation: int, **kwargs):
+    trainer = make_trainer(
+        folder,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=2,
+        **kwargs,
+    )
+    trainer.train()
+    return trainer
+
+
+def naive_step(model, rows) -> tuple[float, float]:
+    """Loss and gradient norm of one step over rows, one at a time, with nothing of this package."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        logits = model(input_ids=ids).logits[0, :-1]
+        total = total + F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+        count += int((labels[1:] != -100).sum())
+    loss = total / count
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return loss.item(), norm.item()
+
+
+@pytest.mark.parametrize("split", [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_every_split_of_a_batch_has_the_loss_of_its_rows(tmp_path, split):
+    trainer = run(tmp_path, *split)
+    rows = trainer.train_dataset.select(trainer.train_order.order()[:8])
+    loss, norm = naive_step(make_tiny_model(tmp_path / "again"), rows)
+    assert steps_of(trainer)[0] == pytest.approx((loss, norm), rel=1e-6)
+
+
+def test_packed_equals_unpacked(tmp_path):
+    rows = make_rows(12)
+    packed = make_trainer(
+        tmp_path / "p", packed=True, rows=rows, per_device_train_batch_size=64, max_steps=1, curriculum_sampling=True
+    )
+    packed.train()
+    loss, norm = naive_step(make_tiny_model(tmp_path / "again"), rows)
+    assert steps_of(packed)[0] == pytest.approx((loss, norm), rel=2e-6)
+
+
+@pytest.mark.parametrize("split", [(1, 4), (2, 2)])
+def test_packed_splits_agree(tmp_path, split):
+    whole = run(tmp_path / "whole", 4, 1, packed=True)
+    for ours, theirs in zip(steps_of(run(tmp_path / "split", *split, packed=True)), steps_of(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_processes_equal_one(tmp_path, packed):
+    # SGD: Adam's division by tiny second moments would blow up the last bit of a gradient from the second step on.
+    one = run(tmp_path / "one", 2, 2, packed=packed, optim="sgd")
+    script = (
+        "import sys, json; from pathlib import Path\n"
+        "from tests.integration.test_training_loss import run, steps_of\n"
+        f"trainer = run(Path(sys.argv[1]) / sys.argv[2], 1, 2, packed={packed}, optim='sgd', ddp_backend='gloo')\n"
+        "result = [steps_of(trainer), trainer.evaluate()['eval_loss'], trainer.num_tokens_seen, trainer.num_tokens_trained]\n"
+        "if trainer.args.process_index == 0:\n"
+        "    Path(sys.argv[1], 'two.json').write_text(json.dumps(result))\n"
+    )
+    launcher = (
+        "import os, sys, runpy\n"
+        "os.environ['MASTER_ADDR'] = '127.0.0.1'\n"
+        f"sys.argv = ['x', {str(tmp_path)!r}, 'two' + os.environ['RANK']]\n"
+        f"exec({script!r})\n"
+    )
+    port = str(20000 + os.getpid() % 20000 + int(packed))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", launcher],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": f"{ROOT}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=180)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    steps, eval_loss, seen, trained = json.loads((tmp_path / "two.json").read_text())
+    # Two ranks need an even number of bins, so the rows of later packed steps may differ.
+    for ours, theirs in list(zip(steps, steps_of(one), strict=True))[: 1 if packed else None]:
+        assert tuple(ours) == pytest.approx(theirs, rel=1e-6)
+    if not packed:
+        assert eval_loss == pytest.approx(one.evaluate()["eval_loss"], rel=1e-6)
+        assert (seen, trained) == (one.num_tokens_seen, one.num_tokens_trained)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_loss_equals_the_models_own(tmp_path, architecture, tied):
+    results = []
+    for fused in (True, False):
+        trainer = run(
+            tmp_path / str(fused),
+            2,
+            1,
+            architecture=architecture,
+            fused_linear_loss=fused,
+            model_config={"tie_word_embeddings": tied},
+        )
+        assert isinstance(trainer._output_head, OutputHead) == fused
+        results.append((steps_of(trainer), trainer.evaluate()["eval_loss"]))
+    (ours, our_eval), (theirs, their_eval) = results
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert our_eval == pytest.approx(their_eval, rel=1e-5)
+
+
+def test_a_softcap_is_learnt_from_the_model(tmp_path):
+    trainer = run(tmp_path, 1, 1, architecture="gemma2", model_config={"final_logit_softcapping": 5.0})
+    assert trainer._output_head.softcap == 5.0
+
+
+def test_a_scale_is_learnt_from_the_model(tmp_path):
+    from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    from tests.tiny import TINY_SHAPE
+
+    for model, scale in (
+        (GraniteForCausalLM(GraniteConfig(**TINY_SHAPE, vocab_size=384, logits_scaling=4.0, pad_token_id=2)), 0.25),
+        (CohereForCausalLM(CohereConfig(**TINY_SHAPE, vocab_size=384, logit_scale=0.5, pad_token_id=2)), 0.5),
+    ):
+        assert run(tmp_path, 1, 1, model=model)._output_head.logit_scale == scale
+
+
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
+def test_with_an_adapter(tmp_path, lora):
+    results = []
+    for fused in (True, False):
+        trainer = run(tmp_path / str(fused), 2, 1, lora=lora, fused_linear_loss=fused)
+        results.append(steps_of(trainer))
+        # A head that is trained beside the adapter is wrapped, and not a plain linear layer.
+        assert isinstance(trainer._output_head, OutputHead) == (fused and "modules_to_save" not in lora)
+    for a, b in zip(*results, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_with_checkpointing_and_autocast(tmp_path, kwargs):
+    results = []
+    for fused in (True, False):
+        trainer = run(tmp_path / str(fused), 2, 1, fused_linear_loss=fused, **kwargs)
+        results.append(steps_of(trainer))
+    for a, b in zip(*results, strict=True):
+        assert a == pytest.approx(b, rel=2e-2 if "bf16" in kwargs else 1e-5)
+
+
+def test_evaluation_weighs_tokens_not_batches(tmp_path):
+    for packed in (False, True):
+        trainer = make_trainer(tmp_path / str(packed), packed=packed, per_device_eval_batch_size=3)
+        loss, _ = naive_step(make_tiny_model(tmp_path / "again"), trainer.eval_dataset)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_counters_count(tmp_path):
+    rows = make_rows(8)
+    trainer = make_trainer(tmp_path, rows=rows, per_device_train_batch_size=4, num_train_epochs=2)
+    trainer.train()
+    assert trainer.num_tokens_seen == 2 * sum(rows["length"])
+    assert trainer.num_tokens_trained == 2 * sum(sum(label != -100 for label in row[1:]) for row in rows["labels"])
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    trainer = run(tmp_path, 2, 1)
+    head = trainer.model.get_output_embeddings()
+    assert "forward" not in vars(head)
+    assert "_loss_function" not in vars(trainer.model)
+    logits = trainer.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert logits.shape == (1, 3, head.out_features)
