@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 HERE = Path(__file__).resolve().parent
 
@@ -49,7 +49,9 @@ def make_base(folder: Path, tokenizer_path: str, shape: str) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         **SHAPES[shape],
     )
-    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return config
 
@@ -57,7 +59,6 @@ def make_base(folder: Path, tokenizer_path: str, shape: str) -> LlamaConfig:
 def make_config(folder: Path, name: str, args: argparse.Namespace) -> Path:
     config = {
         "base_model": str(folder / "base"),
-        "reinit_weights": True,
         "datasets": [
             {
                 "path": str(args.data),
@@ -133,7 +134,7 @@ def history(output_dir: Path) -> list[dict]:
 def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespace, matmul: float | None) -> dict:
     config = str(make_config(folder, name, args))
     seconds = {"train": axolotl("train", config)}
-    if name == "lora":
+    if "adapter" in RUNS[name]:
         seconds["merge"] = axolotl("merge-lora", config)
     seconds["evaluate"] = axolotl("evaluate", config)
     logged = history(folder / name)

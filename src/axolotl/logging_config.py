@@ -1,4 +1,4 @@
-"""Logging for every command: axolotl's records at INFO, anybody else's at WARNING, on standard error."""
+"""Logging for every command: axolotl's records at INFO, anybody else's at WARNING but for known noise, on standard error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,35 @@ import logging
 import logging.config
 import os
 import sys
+import warnings
 
 _COLORS = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+
+
+# What libraries say while they are imported or used as intended, about things that no user of this program can act on:
+# logger -> how the message starts.
+NOISE: dict[str, tuple[str, ...]] = {
+    # transformers imports torchao and bitsandbytes wherever they are installed, whether the run uses them or not.
+    "torchao": ("Failed to load ",),
+    "torchao.kernel.intmm": ("Warning: Detected no triton",),
+    "torch.utils._pytree": ("<enum ",),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # Files that cannot be read end in an error of ours, which names the dataset and the cause.
+    "datasets.packaged_modules.json.json": ("Failed to load JSON",),
+    "datasets.packaged_modules.csv.csv": ("Failed to read file",),
+    "datasets.packaged_modules.parquet.parquet": ("Failed to read ",),
+}
+# The same for `warnings`: (how the message starts, as a regular expression; its category).
+NOISE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft asks transformers by the old name
+)
+
+
+class NoiseFilter(logging.Filter):
+    """Drops the records that `NOISE` lists for a logger."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(NOISE.get(record.name, ()))
 
 
 class AxolotlOrWarnErrorFilter(logging.Filter):
@@ -45,6 +72,17 @@ class ColorfulFormatter(logging.Formatter):
         return text
 
 
+class StandardErrorHandler(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is when a record comes, also after a tee or a test has replaced it."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
 def _level(variable: str, default: int) -> int:
     value = logging.getLevelName(os.environ.get(variable, "").upper())
     return value if isinstance(value, int) else default
@@ -60,13 +98,12 @@ DEFAULT_LOGGING_CONFIG = {
             "datefmt": "%Y-%m-%d %H:%M:%S",
         },
     },
-    "filters": {"ax_or_warn": {"()": AxolotlOrWarnErrorFilter}},
+    "filters": {"ax_or_warn": {"()": AxolotlOrWarnErrorFilter}, "noise": {"()": NoiseFilter}},
     "handlers": {
         "console": {
-            "class": "logging.StreamHandler",
+            "()": StandardErrorHandler,
             "formatter": "colorful",
             "filters": ["ax_or_warn"],
-            "stream": "ext://sys.stderr",
         },
     },
     "loggers": {
@@ -75,6 +112,7 @@ DEFAULT_LOGGING_CONFIG = {
             "level": os.environ.get("AXOLOTL_LOG_LEVEL", "INFO").upper(),
             "propagate": False,
         },
+        **{name: {"filters": ["noise"]} for name in NOISE},
     },
     "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING").upper()},
 }
@@ -83,3 +121,5 @@ DEFAULT_LOGGING_CONFIG = {
 def configure_logging() -> None:
     """Configure with default logging. Safe to call more than once."""
     logging.config.dictConfig(DEFAULT_LOGGING_CONFIG)
+    for message, category in NOISE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)

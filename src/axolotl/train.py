@@ -18,6 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from axolotl.core.checkpoint import check_output_dir, remove_leftovers, resolve_checkpoint
@@ -49,7 +50,6 @@ SMALLER_RUN: tuple[tuple[str, Any, str], ...] = (
     ("adapter", lambda cfg: not cfg.adapter, "`adapter: lora`"),
     ("load_in_4bit", lambda cfg: not cfg.load_in_4bit, "`load_in_4bit: true` with `adapter: qlora`"),
     ("optimizer", lambda cfg: "8bit" not in str(cfg.optimizer), "`optimizer: adamw_bnb_8bit`"),
-    ("activation_offloading", lambda cfg: not cfg.activation_offloading, "`activation_offloading: true`"),
 )
 
 
@@ -170,8 +170,11 @@ def handle_untrained_tokens_fix(
     head_module = model.get_output_embeddings()
     untrained = (embedding.detach() == 0).all(dim=1)
     used = torch.zeros_like(untrained)
-    for ids in train_dataset["input_ids"]:
-        used[torch.as_tensor(ids, device=used.device)] = True
+    if isinstance(train_dataset, IterableDataset):
+        used[:] = True  # which tokens a stream will bring is not known
+    else:
+        for ids in train_dataset["input_ids"]:
+            used[torch.as_tensor(ids, device=used.device)] = True
     if not isinstance(cfg.fix_untrained_tokens, bool):
         given = (
             cfg.fix_untrained_tokens

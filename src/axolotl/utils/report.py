@@ -135,7 +135,7 @@ def draw_lines(lines: list[list[tuple[float, float]]], label: str) -> str:
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_value(tick)}</text>')
     for x in sorted({x_low, (x_low + x_high) // 2, x_high}):
         parts.append(f'<text x="{place(x, y_low)[0]:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{x:,.0f}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">step</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
     for index, line in enumerate(lines):
         crowded = len(line) >= SMOOTHED_FROM
         parts.append(_path([place(*point) for point in line], f"l{index}" + (" thin" if crowded else "")))

