@@ -140,7 +140,7 @@ def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespac
     logged = history(folder / name)
     with (folder / name / "eval_summary.csv").open() as handle:
         summary = {row["metric"]: row["validation"] for row in csv.DictReader(handle)}
-    rates = [entry["tokens/train_per_sec_per_gpu"] for entry in logged[2:] if "tokens/train_per_sec_per_gpu" in entry]
+    rates = [entry["tokens/per_sec_per_gpu"] for entry in logged[2:] if "tokens/per_sec_per_gpu" in entry]
     result = {
         "steps": args.steps,
         "loss_first": logged[0]["loss"],

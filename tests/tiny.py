@@ -106,12 +106,12 @@ def make_tiny_model(
 
     Args:
         path: folder to write.
-        architecture: a key of `ARCHITECTURES`.
+        architecture: a key of `ARCHITECTURES`, or the name of a config class of transformers.
         vocab_size: rows of the embedding.
         seed: seed of the weights; the global generator is left as it was.
         **config: further fields of the model's config.
     """
-    class_name, own = ARCHITECTURES[architecture]
+    class_name, own = ARCHITECTURES.get(architecture, (architecture, {}))
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     model_config = getattr(transformers, class_name)(**{**TINY_SHAPE, "vocab_size": vocab_size, **ids, **own, **config})
     with torch.random.fork_rng(devices=[]):

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 VOCAB_SIZE = 4096
+MAX_QUESTIONS = 5000
 # Modules that open windows, print, or need what a plain install may lack.
 SKIPPED = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo", "lib2to3", "test", "__main__", "msilib"}
 SUBMODULES = ("os.path", "collections.abc", "concurrent.futures", "email.message", "http.client", "http.server",
@@ -155,6 +156,7 @@ def save_model_shape(folder: Path) -> None:
 def main(folder: Path) -> None:
     texts, rows = collect()
     random.Random(0).shuffle(rows)
+    rows = rows[:MAX_QUESTIONS]
     write_jsonl(folder / "data" / "pretrain.jsonl", [{"text": text} for text in texts])
     write_jsonl(folder / "data" / "sft.jsonl", rows)
     save_tokenizer(folder / "base", texts + [message["content"] for row in rows for message in row["messages"]])

@@ -55,8 +55,6 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "dp_shard_size": (above_one, ""),
     "dp_replicate_size": (above_one, ""),
     "use_ray": (is_set, "Use `--launcher torchrun`."),
-    "streaming": (is_set, "Remove it: datasets are tokenized once and read from disk."),
-    "pretraining_dataset": (is_set, "List it under `datasets:` with `type: completion`."),
     "relora": (is_set, ""),
     "jagged_restart_steps": (is_set, ""),
     "lisa_n_layers": (is_set, ""),
@@ -108,12 +106,14 @@ PLUGINS_NOT_BUILT = frozenset(
     spectrum.SpectrumPlugin swanlab.SwanLabPlugin""".split()  # noqa: SIM905
 )
 
+# Named chat templates that do not ship. The tokenizers of these models bring theirs along.
+CHAT_TEMPLATES_NOT_BUILT = frozenset(
+    "command_a command_a_rag command_a_tool_use exaone4 gemma4 gemma4_unified nemotron_h qwen3_5".split()  # noqa: SIM905
+)
+DATASET_TYPES_NOT_BUILT = frozenset({"creative_acr"})
+
 # Keys that are hints about speed or memory. The result of a run is the same with and without them.
 NO_EFFECT_YET = (
-    "lora_mlp_kernel",
-    "lora_qkv_kernel",
-    "lora_o_kernel",
-    "lora_embedding_kernel",
     "chunked_cross_entropy",
     "flash_attn_cross_entropy",
     "flash_attn_fuse_mlp",
@@ -148,9 +148,31 @@ def not_built_problems(cfg: Mapping[str, Any]) -> list[str]:
         for name in _plugins(cfg)
         if _whole(name) in PLUGINS_NOT_BUILT
     ]
+    problems += _data_problems(cfg)
     for key in NO_EFFECT_YET:
         if is_set(cfg.get(key)):
             LOG.warning_once(f"`{key}: {cfg[key]}` has no effect yet. The result of the run is the same without it.")
+    return problems
+
+
+def _data_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """Chat templates and dataset types that are not there, for the whole config and for each dataset."""
+    lists = [cfg.get(key) for key in ("datasets", "test_datasets", "pretraining_dataset")]
+    entries = [entry for found in lists if isinstance(found, list | tuple) for entry in found]
+    problems = []
+    for place in [cfg, *(entry for entry in entries if isinstance(entry, Mapping))]:
+        where = "" if place is cfg else f" of dataset `{place.get('path')}`"
+        template = str(place.get("chat_template")).removeprefix("tokenizer_default_fallback_")
+        if template in CHAT_TEMPLATES_NOT_BUILT:
+            problems.append(
+                f"`chat_template: {place['chat_template']}`{where} is not implemented yet. The tokenizers of these models come "
+                "with their template: write `chat_template: tokenizer_default`."
+            )
+        kind = place.get("type")
+        if place is not cfg and isinstance(kind, str) and kind.partition(".")[0] in DATASET_TYPES_NOT_BUILT:
+            problems.append(
+                f"`type: {kind}`{where} is not implemented yet. Use `type: alpaca` or `type: chat_template`."
+            )
     return problems
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from axolotl._not_built import NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, not_built_problems
+from axolotl._not_built import CHAT_TEMPLATES_NOT_BUILT, NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, not_built_problems
+from axolotl.utils.chat_templates import chat_template_names
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.deprecated import DeprecatedParameters
+from axolotl.utils.schemas.enums import ChatTemplate
 from axolotl.utils.schemas.internal import InternalConfig
 from axolotl.utils.schemas.unknown import PLUGIN_OF_PREFIX
 
@@ -17,7 +19,6 @@ PART_OF = {
         dpo_use_liger_kernel dpo_use_weighting precompute_ref_log_probs cpo_alpha simpo_gamma kto_desirable_weight
         kto_undesirable_weight""",
     "reward_model": "center_rewards_coefficient",
-    "streaming": "streaming_multipack_buffer_size pretraining_sample_concatenation",
     "do_bench_eval": "bench_dataset bench_split",
     "generate_samples": """num_generation_samples generation_do_sample generation_max_new_tokens generation_prompt_ratio
         generation_temperature generation_top_k generation_top_p""",
@@ -52,7 +53,6 @@ ASKING = {
     "deepspeed": "zero1.json",
     "fsdp": ["full_shard"],
     "fsdp_config": {"offload_params": True},
-    "pretraining_dataset": [{"path": "d"}],
     "gradient_checkpointing": "offload",
     "optimizer": "muon",
 }
@@ -91,11 +91,30 @@ def test_values_that_are_built(cfg):
     assert not_built_problems(cfg) == []
 
 
-@pytest.mark.parametrize("plugin", PLUGINS_NOT_BUILT)
+@pytest.mark.parametrize("plugin", sorted(PLUGINS_NOT_BUILT))
 def test_plugin_is_refused_under_both_of_its_names(plugin):
     short = plugin.removeprefix("axolotl.integrations.")
     for name in (plugin, short):
         assert not_built_problems({"plugins": [name]}) == [f"`plugins: [{name}]` is not implemented yet. Remove it."]
+
+
+@pytest.mark.parametrize("template", sorted(CHAT_TEMPLATES_NOT_BUILT))
+def test_template_is_refused_wherever_it_is_written(template):
+    entry = {"path": "d", "chat_template": f"tokenizer_default_fallback_{template}"}
+    for cfg in ({"chat_template": template}, {"datasets": [entry]}, {"test_datasets": [entry]}):
+        (problem,) = not_built_problems(cfg)
+        assert template in problem
+        assert "tokenizer_default" in problem
+
+
+def test_every_other_template_ships():
+    shipped = {*chat_template_names(), "jinja", "tokenizer_default"}
+    assert set(ChatTemplate) - shipped == CHAT_TEMPLATES_NOT_BUILT
+
+
+def test_dataset_type_is_refused():
+    (problem,) = not_built_problems({"datasets": [{"path": "d", "type": "creative_acr.load_answer"}]})
+    assert "`type: creative_acr.load_answer` of dataset `d` is not implemented yet." in problem
 
 
 def test_tables_name_what_exists():
@@ -109,8 +128,8 @@ def test_a_hint_is_accepted_and_said_to_do_nothing(caplog):
     LOG.warning_once.cache_clear()
     LOG.logger.propagate = True
     with caplog.at_level("WARNING", logger="axolotl._not_built"):
-        assert not_built_problems({"lora_mlp_kernel": True}) == []
-    assert "`lora_mlp_kernel: True` has no effect yet" in caplog.text
+        assert not_built_problems({"large_head_attention": True}) == []
+    assert "`large_head_attention: True` has no effect yet" in caplog.text
 
 
 def test_no_key_is_silently_ignored():

@@ -18,6 +18,9 @@ from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 
 BATCH_SIZE = 1000
 
+ROW_ERRORS = (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError)
+"""What a row of an unforeseen shape makes a strategy raise."""
+
 
 class TokenizeRows:
     """What `Dataset.map` calls: tokenizes rows and says which one failed.
@@ -33,17 +36,22 @@ class TokenizeRows:
 
     def __call__(self, rows: dict[str, Any], indices: int | list[int]) -> dict[str, Any]:
         self.strategy.row_offset = indices if isinstance(indices, int) else indices[0]
+        batch_error: Exception
         try:
-            return self.strategy.tokenize_prompt(rows)
-        except (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError) as error:
+            tokenized = self.strategy.tokenize_prompt(rows)
+            if isinstance(indices, int) or not _is_one_row(tokenized):
+                return tokenized
+            batch_error = ValueError("the strategy took the rows of a batch for one row")
+        except ROW_ERRORS as error:
             if isinstance(indices, int):
                 raise self._explained(error, indices, rows) from error
             batch_error = error
         for position, index in enumerate(indices):
             row = {key: values[position] for key, values in rows.items()}
             try:
-                self.strategy.tokenize_prompt({key: [value] for key, value in row.items()})
-            except (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError) as error:
+                if _is_one_row(self.strategy.tokenize_prompt({key: [value] for key, value in row.items()})):
+                    self.strategy.tokenize_prompt(row)
+            except ROW_ERRORS as error:
                 raise self._explained(error, index, row) from error
         raise self._explained(batch_error, indices[0], {}) from batch_error
 
@@ -58,6 +66,12 @@ class TokenizeRows:
                 "Rename the field, or name it in the config where the dataset type has a key for it."
             )
         return DatasetError(f"{where} cannot be tokenized: {type(error).__name__}: {error}. Its fields are {fields}.")
+
+
+def _is_one_row(tokenized: Any) -> bool:
+    """Whether the tokens are those of one row, not a list of them for each row of a batch."""
+    ids = tokenized.get("input_ids")
+    return isinstance(ids, list) and bool(ids) and isinstance(ids[0], int)
 
 
 class TokenizedPromptDataset(Dataset):

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import IterableDataset
 
 from axolotl.core.checkpoint import check_output_dir
 from axolotl.exceptions import ConfigError
@@ -18,6 +19,8 @@ from axolotl.utils.logging import get_logger
 LOG = get_logger(__name__)
 
 SUMMARY = "eval_summary.csv"
+# Figures of the trainer that say nothing about a model: steps are counted as if nothing were packed.
+NOT_METRICS = ("epoch", "model_preparation_time", "steps_per_second")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -86,6 +89,9 @@ def evaluate_dataset(
     """
     if dataset is None:
         return None
+    if isinstance(dataset, IterableDataset):
+        LOG.info(f"The {dataset_type} set is streamed and has no end, so it is not evaluated on.")
+        return None
     LOG.info(f"Evaluating on the {dataset_type} set.")
     metrics = trainer.evaluate(dataset, metric_key_prefix=dataset_type)
     if f"{dataset_type}_loss" in metrics:
@@ -99,7 +105,7 @@ def summary_rows(train_metrics: dict[str, Any], eval_metrics: dict[str, Any]) ->
     """(metric, training, validation), with an empty text where a set lacks the metric."""
     training = {key.removeprefix("train_"): value for key, value in train_metrics.items()}
     validation = {key.removeprefix("eval_"): value for key, value in eval_metrics.items()}
-    names = [name for name in [*training, *(n for n in validation if n not in training)] if name != "epoch"]
+    names = [name for name in [*training, *(n for n in validation if n not in training)] if name not in NOT_METRICS]
     return [(name, training.get(name, ""), validation.get(name, "")) for name in names]
 
 

@@ -29,6 +29,7 @@ from axolotl.loaders.utils import load_model_config
 from axolotl.monkeypatch.ledger import rows_for
 from axolotl.utils.data.rows import count_trained_tokens
 from axolotl.utils.data.steps import data_parallel_size, packing_summary
+from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import GIB, GPUS, Forecast, LayerShape, Remedy, Run, forecast, remedies
 from axolotl.utils.samplers.utils import get_dataset_lengths
@@ -168,7 +169,7 @@ def build_blank_model(cfg: DictDefault, config: PretrainedConfig) -> tuple[PreTr
 
 def plan_data(cfg: DictDefault, notes: list[str]) -> DataPlan:
     """Prepare the data, as the run will find it in its cache, and count it."""
-    if cfg.streaming or (cfg.pretraining_dataset and cfg.streaming is not False):
+    if is_streamed(cfg):
         notes.append("rows are streamed: their number is known only from `max_steps`")
         return DataPlan(total_num_steps=cfg.max_steps)
     meta = load_datasets(cfg=cfg)

@@ -38,7 +38,9 @@ class DatasetWrappingStrategy(abc.ABC):
     """Abstract class for wrapping datasets for Chat Messages"""
 
     @abc.abstractmethod
-    def wrap_dataset(self, dataset, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs):
+    def wrap_dataset(
+        self, dataset, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs
+    ) -> Any:
         """The dataset, tokenized."""
 
 

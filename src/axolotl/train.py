@@ -21,7 +21,14 @@ from rich.table import Table
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from axolotl.core.checkpoint import check_output_dir, remove_leftovers, resolve_checkpoint
+from axolotl.core.builders.arguments import check_trackers
+from axolotl.core.checkpoint import (
+    check_output_dir,
+    is_write_error,
+    model_aside,
+    remove_leftovers,
+    resolve_checkpoint,
+)
 from axolotl.exceptions import NotBuiltError, OutOfMemoryError, OutputError
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
@@ -71,6 +78,7 @@ def train(*, cfg: DictDefault, dataset_meta: Any) -> tuple[PreTrainedModel, PreT
         SystemExit: 130 or 143 after SIGINT or SIGTERM, when everything is saved.
     """
     # What can fail cheaply comes before what takes minutes.
+    check_trackers(cfg)
     check_output_dir(cfg.output_dir)
     if is_main_process():
         remove_leftovers(cfg.output_dir)
@@ -233,7 +241,11 @@ def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:
         The handlers that were there before.
     """
 
+    owner = os.getpid()
+
     def handle(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != owner:
+            return  # a forked worker: the trainer ends it when it is done with it
         if trainer.stop_requested:
             os._exit(128 + number)
         trainer.stop_requested = True
@@ -289,8 +301,12 @@ def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
     """Save the trained model according to configuration and training setup: model or adapter, and tokenizer."""
     output_dir = Path(cfg.output_dir)
     try:
-        trainer.save_model(str(output_dir))
-    except OSError as error:
+        with model_aside(output_dir, owner=trainer.args.should_save) as aside:
+            trainer.save_model(str(aside), _internal_call=True)
+            trainer.accelerator.wait_for_everyone()
+    except Exception as error:
+        if not is_write_error(error):
+            raise
         raise OutputError(
             f"The trained model could not be written to {output_dir}: {error}. The checkpoints there are whole; free some "
             "space and run again with `auto_resume_from_checkpoints: true` to save it."

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from axolotl.monkeypatch.attention import varlen
-from axolotl.monkeypatch.attention.documents import add_document_hook
+from axolotl.monkeypatch.attention.documents import add_document_hook, register_masks
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,6 +35,7 @@ def test_packed_equals_each_document_alone(tmp_path: Path, architecture: str, im
     if architecture == "gemma2" and implementation == "sdpa":
         pytest.skip("transformers has no sdpa for gemma2")
     varlen.register()
+    register_masks()
     make_tiny_model(tmp_path, architecture, **WIDE)
     torch.manual_seed(0)
     documents = [torch.randint(3, 384, (n,), device="cuda") for n in LENGTHS]
@@ -97,6 +98,7 @@ def test_kernel_equals_the_path_without_it(
 def test_autocast_reaches_the_kernel(tmp_path: Path) -> None:
     """fp32 weights under bf16 autocast: rotary embeddings make fp32 queries, which the kernel would refuse."""
     varlen.register()
+    register_masks()
     make_tiny_model(tmp_path, "llama", **WIDE)
     model = _load(tmp_path, varlen.NAME, torch.float32)
     ids = torch.randint(3, 384, (1, 64), device="cuda")

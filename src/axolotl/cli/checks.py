@@ -32,9 +32,8 @@ def check_user_token() -> bool:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         LOG.info("HF_HUB_OFFLINE=1: the Hugging Face token is not checked")
         return True
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     try:
         return bool(HfApi().whoami())
@@ -43,6 +42,6 @@ def check_user_token() -> bool:
             "no Hugging Face token found: run `hf auth login` or set HF_TOKEN to use gated or private repositories"
         )
         return False
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         LOG.warning("the Hugging Face token could not be checked: %s", error)
         return True

@@ -54,8 +54,10 @@ def start(config: str) -> str:
     """What every command does first: logging, the environment, and the path of the config."""
     from axolotl.cli.config import find_config
     from axolotl.cli.utils.env import prepare_environment
+    from axolotl.cli.utils.errors import end_cleanly_on_signals
     from axolotl.logging_config import configure_logging
 
+    end_cleanly_on_signals()
     configure_logging()
     prepare_environment()
     return str(find_config(config))

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -204,34 +205,34 @@ def load_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any
         ConfigError: all that is wrong with it, at once.
         OutputError: `output_dir` cannot be written.
     """
+    import yaml
+
     from axolotl.cli.utils.tracking import prepare_tracking
     from axolotl.utils.redact import redact_secrets
     from axolotl.utils.tee import prepare_debug_log
 
-    cfg = check_cfg(config, **kwargs)
+    written, path = read_cfg(config, **kwargs)
+    cfg = check_cfg(DictDefault(written), path)
     prepare_debug_log(cfg)
     resolve_cfg(cfg)
     prepare_tracking(cfg)
-    unshown = ("resolution", "capabilities", "env_capabilities")
-    shown = {
-        key: value for key, value in redact_secrets(cfg.to_dict()).items() if value is not None and key not in unshown
-    }
-    LOG.info("config:\n%s", json.dumps(shown, indent=2, default=str))
+    # What was written, not the hundreds of defaults; what was chosen for the user is shown with its reasons.
+    plain = json.loads(json.dumps(redact_secrets(written.to_dict()), default=str))
+    shown = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    LOG.info("config%s:\n%s", f" {path}" if path else "", textwrap.indent(shown.rstrip(), "  "))
     return cfg
 
 
 def inspect_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any) -> DictDefault:
     """The config that `load_cfg` returns, for commands that only look: no folder is made, nothing is logged or set."""
-    cfg = check_cfg(config, **kwargs)
+    cfg = check_cfg(*read_cfg(config, **kwargs))
     resolve_cfg(cfg)
     return cfg
 
 
-def check_cfg(config: str | Path | DictDefault, **kwargs: Any) -> DictDefault:
-    """Stages [1] to [3]: the config read, overridden, with its plugins, and validated."""
+def read_cfg(config: str | Path | DictDefault, **kwargs: Any) -> tuple[DictDefault, Path | None]:
+    """Stage [1]: the keys as written, with overrides, and the file they come from."""
     from axolotl.cli.utils.overrides import apply_overrides
-    from axolotl.utils.config import validate_config
-    from axolotl.utils.environment import env_capabilities, machine_capabilities
 
     path = None
     if isinstance(config, dict):
@@ -242,6 +243,14 @@ def check_cfg(config: str | Path | DictDefault, **kwargs: Any) -> DictDefault:
     kept_out = apply_overrides(cfg, {key: value for key, value in kwargs.items() if value is not None})
     for key in kept_out:
         LOG.warning("`strict: true`: the override of `%s` is not used, because the config does not write that key", key)
+    return cfg, path
+
+
+def check_cfg(cfg: DictDefault, path: Path | None = None) -> DictDefault:
+    """Stages [2] and [3]: the plugins of a config loaded, and the config validated."""
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.environment import env_capabilities, machine_capabilities
+
     prepare_plugins(cfg)
     cfg = validate_config(cfg, machine_capabilities(), env_capabilities())
     if path is not None:

@@ -67,7 +67,7 @@ def test_the_log_goes_to_the_output_folder_without_secrets(written, tmp_path):
     load_cfg(written)
     print("a later line")
     text = (tmp_path / "out/debug.log").read_text()
-    assert '"wandb_name": "hello"' in text
+    assert "wandb_name: hello" in text
     assert "a later line" in text
     assert "s3cret" not in text
 

@@ -147,6 +147,11 @@ def run(args: list[str] | None = None) -> int:
         from axolotl.cli.utils.errors import report_error
 
         return report_error(error)
+    finally:
+        # A program that calls this several times gets its streams back.
+        from axolotl.utils.tee import close_debug_log
+
+        close_debug_log()
 
 
 def run_module(command: str) -> NoReturn:

@@ -76,9 +76,8 @@ def download_base_model(cfg: DictDefault) -> None:
     """Fetch the files of the base model into the cache of the hub, without loading them. A failure is a warning."""
     if not cfg.base_model or Path(cfg.base_model).exists() or os.environ.get("HF_HUB_OFFLINE") == "1":
         return
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         snapshot_download(
@@ -87,7 +86,7 @@ def download_base_model(cfg: DictDefault) -> None:
             allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"],
             ignore_patterns=["original/*", "consolidated*"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         LOG.warning("`base_model: %s` was not downloaded ahead of training: %s", cfg.base_model, error)
 
 

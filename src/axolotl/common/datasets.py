@@ -13,6 +13,7 @@ from axolotl.exceptions import NotBuiltError
 from axolotl.loaders import load_processor, load_tokenizer
 from axolotl.utils.data.report import print_report, write_html_report
 from axolotl.utils.data.sft import DEFAULT_PREPARED_PATH, Prepared, prepare
+from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.tokenization import check_dataset_labels
@@ -25,13 +26,13 @@ class TrainDatasetMeta:
     """Training and evaluation rows, and how long training on them takes.
 
     Attributes:
-        train_dataset: prepared rows.
+        train_dataset: prepared rows, or a stream of batches of them.
         eval_dataset: rows held out, or None.
         total_num_steps: optimizer steps of the run, or None when unknown.
         report: numbers of the training rows: lengths, trained tokens, what was dropped and why, packing.
     """
 
-    train_dataset: Dataset
+    train_dataset: Dataset | TokenStream
     eval_dataset: Dataset | None = None
     total_num_steps: int | None = None
     report: dict[str, Any] | None = None
@@ -64,9 +65,12 @@ def load_datasets(*, cfg: DictDefault, cli_args: Any = None, debug: bool = False
 
 def _show(cfg: DictDefault, prepared: Prepared, tokenizer: Any, options: dict[str, Any]) -> None:
     num_examples = int(options.get("debug_num_examples") or 1)
-    if "labels" not in prepared.train.column_names:
+    if isinstance(prepared.train, TokenStream):
+        examples = Dataset.from_list(prepared.train.first_rows(num_examples))
+    elif "labels" in prepared.train.column_names:
+        examples = sample_dataset(prepared.train, num_examples)
+    else:
         return
-    examples = sample_dataset(prepared.train, num_examples)
     check_dataset_labels(examples, tokenizer, num_examples=num_examples, text_only=bool(options.get("debug_text_only")))
     if prepared.report:
         print_report(prepared.report)

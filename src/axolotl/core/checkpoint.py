@@ -12,8 +12,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from axolotl.exceptions import CheckpointError, OutputError
 from axolotl.utils.logging import get_logger
@@ -25,7 +29,8 @@ RUN_STATE = "tokens_state.json"
 TRAINER_STATE = "trainer_state.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ASIDE = re.compile(r"\.checkpoint-\d+\.(writing|replaced)")
+_ASIDE = re.compile(r"\.(?:checkpoint-\d+|model)\.(writing|replaced)")
+_MODEL_ASIDE = ".model.writing"
 
 
 def aside_path(output_dir: str | Path, step: int) -> Path:
@@ -70,6 +75,38 @@ def seal_checkpoint(folder: Path, final: Path) -> None:
     os.rename(folder, final)
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def model_aside(output_dir: str | Path, *, owner: bool = True) -> Iterator[Path]:
+    """A folder to write the trained model to; its files replace those of `output_dir` once all of them are on the disk.
+
+    Args:
+        output_dir: folder of the run, which may hold the model of an earlier one.
+        owner: whether this process moves the files. Other ranks only get the path.
+    """
+    aside = Path(output_dir) / _MODEL_ASIDE
+    try:
+        yield aside
+        if not owner or not aside.is_dir():
+            return
+        files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+        for path in files:
+            _sync(path)
+        for path in files:
+            target = Path(output_dir) / path.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        _sync(Path(output_dir))
+    finally:
+        if owner:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a library failed to write a file. torch says so with a RuntimeError of its zip writer, safetensors in its own way."""
+    words = ("PytorchStreamWriter", "iostream error", "unexpected pos", "No space left", "os error", "Disk quota")
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
 
 
 def check_checkpoint(folder: str | Path) -> None:
@@ -153,6 +190,8 @@ def resolve_checkpoint(
         last = find_last_whole_checkpoint(output_dir) if (resume_from or auto) else None
         if resume_from and last is None:
             raise CheckpointError(f"`resume_from_checkpoint: true`, but {output_dir} has no whole checkpoint.")
+        if auto and last is None and list_checkpoints(output_dir):
+            LOG.warning(f"No checkpoint in {output_dir} is whole: the run starts at the beginning.")
         return last
     folder = Path(resume_from)
     if not folder.is_dir():

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoftQConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -278,10 +279,12 @@ def _load_trained(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> 
         keywords["autocast_adapter_dtype"] = False
     try:
         adapted = PeftModel.from_pretrained(model, folder, **keywords)
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # torch names the tensors that do not fit on the lines after the first.
+        said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ModelError(
-            f"`lora_model_dir: {folder}` cannot be loaded onto `base_model: {cfg.base_model}`: {first}"
+            f"`lora_model_dir: {folder}` cannot be loaded onto `base_model: {cfg.base_model}`: {said} An adapter fits the "
+            "model that it was trained on, and its files must be whole."
         ) from error
     config = adapted.peft_config["default"]
     for key, mine, theirs in (("lora_r", cfg.lora_r, config.r), ("lora_alpha", cfg.lora_alpha, config.lora_alpha)):

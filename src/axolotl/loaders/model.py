@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -166,7 +167,7 @@ class ModelLoader:
             model, report = loader.from_pretrained(self.cfg.base_model, output_loading_info=True, **keywords)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise explain_load_error(str(self.cfg.base_model), "base_model", error) from error
         missing = sorted(report["missing_keys"])
         if missing:

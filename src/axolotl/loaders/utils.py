@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -46,6 +47,16 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
             return ModelError(
                 f"`{key}: {source}` has a config but no weights. Write a folder made by `save_pretrained`, or "
                 "`reinit_weights: true` to start from random weights."
+            )
+        if "backend tokenizer" in str(error):
+            return ModelError(
+                f"`{key}: {source}` holds no tokenizer. Copy tokenizer.json and tokenizer_config.json into it, or write where "
+                "the tokenizer is as `tokenizer_config`."
+            )
+        if isinstance(error, SafetensorError):
+            return ModelError(
+                f"`{key}: {source}`: a file with weights is damaged or cut short ({_first_line(error)}). Copy or download the "
+                "model again."
             )
         return ModelError(f"`{key}: {source}` cannot be loaded: {_first_line(error)}")
     if path.is_file():

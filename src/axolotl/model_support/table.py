@@ -17,6 +17,7 @@ class ModelSupport:
         moe_blocks: class names of expert blocks, the leaves of DeepSpeed ZeRO-3.
         derived_from: family that a few defaults go by: llama, mistral, falcon, qwen.
         attention_mask_refused: why the collator must not give an attention mask, or None.
+        varlen_refused: why document borders do not reach its attention, although it says so to transformers, or None.
     """
 
     embedding_layers: tuple[str, str] = ("embed_tokens", "lm_head")
@@ -26,6 +27,7 @@ class ModelSupport:
     moe_blocks: tuple[str, ...] = ()
     derived_from: str | None = None
     attention_mask_refused: str | None = None
+    varlen_refused: str | None = None
 
 
 _SSM = "its layers mix state-space blocks with attention"
@@ -66,6 +68,7 @@ MODEL_SUPPORT: dict[str, ModelSupport] = {
         embedding_layers=("embeddings", "lm_head"), quant_storage="float32", int8_skip_modules=("mixer",), lora_kernels_refused=_SSM
     ),
     "granitemoehybrid": ModelSupport(int8_skip_modules=("mamba",), lora_kernels_refused=_SSM),
+    "nemotron": ModelSupport(varlen_refused="its layers do not hand attention keywords down"),
     "bamba": ModelSupport(int8_skip_modules=("mamba",), lora_kernels_refused=_SSM),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from axolotl.utils.chat_templates.messages import (
     TRAINING,
     TRAINING_DETAIL,
     Turn,
+    describe_value,
     for_template,
     join_parts,
     names_read_by,
@@ -29,7 +30,7 @@ from axolotl.utils.chat_templates.messages import (
     read_turn,
     split_thinking,
 )
-from axolotl.utils.chat_templates.spans import Span, Tokens, TurnSpans, common_prefix
+from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Span, Tokens, TurnSpans, common_prefix
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -315,17 +316,17 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         return join_rows(self._tokenize_rows(split_rows(prompt)))
 
     def is_prompt_batched(self, prompt: Mapping[str, Any]) -> bool:
-        """Whether a dict holds many rows: a list per column, and none of the messages a message."""
+        """Whether a dict holds many rows: a list per column, and that of the messages is no list of messages."""
         messages = prompt.get(self.prompter.field_messages)
         if not isinstance(messages, list) or not messages:
             return False
-        return all(isinstance(column, list) for column in prompt.values()) and not any(
+        return all(isinstance(column, list) for column in prompt.values()) and not all(
             isinstance(item, Mapping) for item in messages
         )
 
     def _tokenize_rows(self, prompts: list[dict[str, Any]]) -> list[Tokenized]:
         rows = [_Row(self.get_conversation_thread(prompt), self._get_tools(prompt)) for prompt in prompts]
-        texts = [self.prompter.render(row.turns, tools=row.tools) for row in rows]
+        texts = [self._render_row(row) for row in rows]
         encoded = self._encode(texts)
         tokenized = []
         for index, (row, text, tokens) in enumerate(zip(rows, texts, encoded, strict=True)):
@@ -335,6 +336,20 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 labels = self._label_turns(row, text, tokens, self.row_offset + index)
             tokenized.append({"input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), "labels": labels})
         return tokenized
+
+    def _render_row(self, row: _Row) -> str:
+        try:
+            return self.prompter.render(row.turns, tools=row.tools)
+        except RENDER_ERRORS as error:
+            odd = [
+                f"message {index} (`{turn['role']}`) has {describe_value(turn.get('content'))} as its content"
+                for index, turn in enumerate(row.turns)
+                if not isinstance(turn.get("content"), str)
+            ]
+            where = f" Of its messages, {odd[0]}." if odd else ""
+            raise DatasetError(
+                f"The chat template cannot render the row: {error}.{where} Correct the row or leave it out."
+            ) from error
 
     def get_conversation_thread(self, prompt: Mapping[str, Any]) -> list[Turn]:
         """The turns of a row, as the template reads them, with the keys that decide on their labels."""
@@ -373,6 +388,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 f"{', '.join(f'`{key}`' for key in message)}. Say which key holds the role: "
                 "`message_property_mappings: {role: ..., content: ...}`."
             )
+        self._check_role(turn["role"])
         learnt = self._learns_role(turn["role"])
         thinking_key = prompter.template_thinking_key or "reasoning_content"
         details = {}
@@ -392,6 +408,17 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             if turn.get(key) and key not in prompter.chat_template_msg_variables:
                 self._warn_once(key, f"The messages have `{key}`, but the chat template does not write them.")
         return turn
+
+    def _check_role(self, role: Any) -> None:
+        if not isinstance(role, str):
+            raise DatasetError(f"The role of a message is {describe_value(role)}, but it must be text.")
+        known = {*self.prompter.roles.values(), *self.roles_to_train}
+        if role not in known and role not in self.prompter.chat_template_msg_variables:
+            self._warn_once(
+                f"role {role}",
+                f"The messages have the role `{role}`, which is none of {', '.join(sorted(known))}. The chat template gets it "
+                f"as it is. If it stands for one of them, say so in the dataset, such as `roles: {{assistant: [{role}]}}`.",
+            )
 
     def _get_tools(self, prompt: Mapping[str, Any]) -> list | None:
         return read_tools(prompt, self.prompter.field_tools)

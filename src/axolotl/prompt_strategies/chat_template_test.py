@@ -322,7 +322,9 @@ def test_a_message_without_content_is_an_error_that_names_row_and_key():
     from datasets import Dataset
 
     rows = Dataset.from_list([{"messages": chat("Hi", "Yo")}, {"messages": [{"role": "user", "text": "x"}]}])
-    with pytest.raises(DatasetError, match=r"Row 1 .*'dict object' has no attribute 'content'"):
+    with pytest.raises(
+        DatasetError, match=r"Row 1.*'dict object' has no attribute 'content'.*message 0 \(`user`\) has null"
+    ):
         TokenizedPromptDataset(strategy_of(), rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -27,13 +28,25 @@ class Tee:
     def write(self, text: str) -> int:
         written = self._stream.write(text)
         if not self._file.closed:
-            self._file.write(CONTROL.sub("", text))
+            try:
+                self._file.write(CONTROL.sub("", text))
+            except OSError as error:
+                self._give_up(error)
         return written
 
     def flush(self) -> None:
         self._stream.flush()
         if not self._file.closed:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A full disk must not end a run for its log: go on without the copy."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._stream.write(f"The log {self._file.name} cannot be written any more: {error.strerror or error}.\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -48,7 +61,9 @@ class DebugLog:
             # Line by line, so that a killed process has written what it printed.
             self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
         except OSError as err:
-            raise OutputError(f"{path} cannot be written: {err.strerror}. Choose another `output_dir`.") from err
+            raise OutputError(
+                f"`output_dir: {path.parent}` cannot be written: {_explain(err, path)}. Choose another `output_dir`."
+            ) from err
         self._before = (sys.stdout, sys.stderr)
         self._ours = (Tee(sys.stdout, self._file), Tee(sys.stderr, self._file))
         sys.stdout, sys.stderr = self._ours  # type: ignore[assignment]
@@ -56,15 +71,18 @@ class DebugLog:
 
     def close(self) -> None:
         """Give the streams back. Safe to call twice."""
-        if self._file.closed:
-            return
-        self._file.flush()
         if sys.stdout is self._ours[0]:
             sys.stdout = self._before[0]
         if sys.stderr is self._ours[1]:
             sys.stderr = self._before[1]
         _move_handlers(self._ours, self._before)
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _explain(error: OSError, path: Path) -> str:
+    in_the_way = next((folder for folder in path.parents if folder.is_file()), None)
+    return f"{in_the_way} is a file" if in_the_way else str(error.strerror or error)
 
 
 _open: list[DebugLog] = []
@@ -105,4 +123,5 @@ def _move_handlers(before: tuple, after: tuple) -> None:
     for name in [None, *logging.root.manager.loggerDict]:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
-                handler.setStream(after[before.index(handler.stream)])
+                # Not `setStream`, which flushes a stream that may be closed by now.
+                handler.stream = after[before.index(handler.stream)]

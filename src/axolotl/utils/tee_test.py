@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -37,6 +38,20 @@ def test_both_streams_and_logging_are_copied_without_colours(tmp_path, capsys):
     assert "\033[32mto out" in capsys.readouterr().out
 
 
+def test_streams_that_were_closed_meanwhile_do_no_harm(tmp_path, monkeypatch):
+    """As in a notebook or a test, whose output is captured cell by cell."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    prepare_debug_log(DictDefault(output_dir=str(tmp_path)))
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("tee_test")
+    logger.addHandler(handler)
+    captured = sys.stderr._stream
+    captured.close()
+    close_debug_log()
+    logger.removeHandler(handler)
+    assert handler.stream is captured
+
+
 def test_a_later_run_in_the_same_folder_goes_on_in_the_same_log(tmp_path):
     for text, expected in (("train", "train\n"), ("evaluate", "train\nevaluate\n")):
         prepare_debug_log(DictDefault(output_dir=str(tmp_path)))
@@ -55,6 +70,6 @@ def test_off_and_other_ranks(tmp_path, monkeypatch, environment):
 
 def test_an_output_dir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file/out/debug\.log"):
+    with pytest.raises(OutputError, match=r"`output_dir: .*file/out` cannot be written: .*file is a file"):
         prepare_debug_log(DictDefault(output_dir=str(tmp_path / "file" / "out")))
     assert not hasattr(sys.stdout, "_file")

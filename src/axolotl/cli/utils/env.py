@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Variables of older library versions and container images -> the one that today's libraries read.
@@ -29,6 +30,10 @@ def prepare_environment() -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Sequence lengths change from batch to batch; segments that grow keep the allocator from fragmenting.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not sys.stderr.isatty():
+        # In a log file, every update of a bar is a line.
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(variable, "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
+import types
 from pathlib import Path
 
 import click
@@ -18,6 +21,33 @@ import click
 from axolotl.exceptions import AxolotlError, ConfigError
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
+TERMINATED = 143  # the same for SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, on the same way out as Ctrl-C, so that what is half-written is cleaned up."""
+
+
+def end_cleanly_on_signals() -> None:
+    """SIGINT and SIGTERM become `KeyboardInterrupt` and `Terminated` here; forked workers leave it to their parent.
+
+    While training, the trainer has a handler of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    owner = os.getpid()
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != owner:
+            # A forked worker. Ctrl-C reaches it too, but it may hold a lock that its parent, who ends it, waits for.
+            if number == signal.SIGTERM:
+                os._exit(TERMINATED)
+            return
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
 
 _OOM_REMEDY = (
     "Write a smaller `micro_batch_size` (and a larger `gradient_accumulation_steps`), a smaller `sequence_len`, or "
@@ -31,6 +61,8 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
     rank = f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{rank}{explain_error(error)}", file=sys.stderr, flush=True)
+    if any(isinstance(link, Terminated) for link in _chain(error)):
+        return TERMINATED
     return INTERRUPTED if _is_interrupt(error) else 1
 
 
@@ -39,7 +71,9 @@ def explain_error(error: BaseException) -> str:
     if _is_interrupt(error):
         return "Interrupted."
     if isinstance(error, ConfigError) and len(error.problems) > 1:
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(error.problems, 1))
+        # A problem of several lines stays under its number.
+        problems = [problem.replace("\n", "\n     ") for problem in error.problems]
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         return f"Error: the config has {len(error.problems)} problems:\n{lines}"
     if isinstance(error, AxolotlError):
         return f"Error: {error}"
@@ -71,9 +105,9 @@ def _explain_hub_error(error: BaseException) -> str | None:
                 "the Hugging Face hub has no such repository, or it is private. Check the spelling of the name; for a "
                 "private one run `hf auth login` or set HF_TOKEN."
             )
-        if _is_a(link, "huggingface_hub.errors", "OfflineModeIsEnabled", "LocalEntryNotFoundError") or _is_a(
-            link, "httpx", "ConnectError", "ConnectTimeout"
-        ):
+        offline = _is_a(link, "huggingface_hub.errors", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+        # The hub's client is httpx, or httpx2 in newer versions.
+        if offline or any(_is_a(link, client, "ConnectError", "ConnectTimeout") for client in ("httpx", "httpx2")):
             return (
                 "a file of the Hugging Face hub is needed, is not in the local cache, and the hub cannot be reached. "
                 "Check the network (and HF_HUB_OFFLINE), or write a local path."

@@ -180,7 +180,10 @@ def _belongs_to(option: ConfigOption, word: str | None) -> bool:
         return True
     if option.is_switch:
         return False
-    looks_like_config = word == "-" or "://" in word or word.endswith((".yml", ".yaml", ".json")) or Path(word).exists()
+    path = Path(word)
+    # A folder is a config only when it holds some; a checkpoint, which is a value, holds none.
+    exists = path.is_file() or any(path.glob("*.y*ml"))
+    looks_like_config = word == "-" or "://" in word or word.endswith((".yml", ".yaml", ".json")) or exists
     return not looks_like_config
 
 

@@ -21,6 +21,8 @@ LOG = get_logger(__name__)
 # Field of `input.credentials` -> environment variable that the libraries read.
 CREDENTIALS = {"hf_token": "HF_TOKEN", "wandb_api_key": "WANDB_API_KEY"}
 
+MAX_VALUES = 100_000
+
 _JSON_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
@@ -118,8 +120,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def parse_yaml(text: str, source: str) -> Any:
     """What a YAML text holds; `None` when it is empty."""
     try:
-        return yaml.load(text, _UniqueKeyLoader)
+        loaded = yaml.load(text, _UniqueKeyLoader)
+        _check_expanded_size(loaded, source)
+        return loaded
     except yaml.MarkedYAMLError as error:
+        if error.problem == "but found another document":
+            raise ConfigError(
+                f"{source} holds several YAML documents, separated by `---`. A config is one: keep one, or write several files."
+            ) from None
         mark = error.problem_mark or error.context_mark
         where = f"\n{_point_at(text, mark.line, mark.column)}" if mark else ""
         raise ConfigError(f"{source} is not valid YAML: {error.problem or error.context}.{where}") from None
@@ -132,11 +140,34 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is nested too deeply to be a config.") from None
 
 
+def _check_expanded_size(loaded: Any, source: str) -> None:
+    """Refuse aliases (`*name`) nested so that a small text stands for more values than fit in memory."""
+    sizes: dict[int, int] = {}
+
+    def size_of(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = 1  # met again inside itself
+            children = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size_of, children))
+        return sizes[id(value)]
+
+    if size_of(loaded) > MAX_VALUES:
+        raise ConfigError(
+            f"{source} stands for more than {MAX_VALUES:,} values once its aliases (`*name`) are filled in, which no config is."
+        )
+
+
 def unwrap_request_body(data: dict[str, Any], source: str) -> dict[str, Any]:
     """The config inside a request body, with its credentials moved to the environment; any other mapping as it is."""
     body = data.get("input")
-    if not (isinstance(body, dict) and isinstance(body.get("args"), dict)):
+    if not (isinstance(body, dict) and "args" in body):
         return data
+    if not isinstance(body["args"], dict):
+        raise ConfigError(
+            f"{source}: `input.args` holds {_kind_of(body['args'])}, but it is the config: a mapping of keys to values."
+        )
     credentials = body.get("credentials") or {}
     if not isinstance(credentials, dict):
         raise ConfigError(f"{source}: `input.credentials` must hold {', '.join(CREDENTIALS)}.")

@@ -51,7 +51,15 @@ def test_a_key_written_twice_names_both_lines():
         (b"a: [1, 2\nb: 3\n", "not valid YAML"),
         (b"a: 1\n\tb: 2\n", "line 2"),
         (b"on: 1\n", "read by YAML as true/false"),
-        (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"a: 1\n---\nb: 2\n", "several YAML documents"),
+        (
+            b"a: &a [x, x]\n"
+            + b"".join(
+                b"b%d: &%s [*%s, *%s, *%s, *%s]\n" % (n, b"bcdefghij"[n : n + 1], *[b"abcdefghi"[n : n + 1]] * 4)
+                for n in range(9)
+            ),
+            "100,000 values",
+        ),
         (b"d: 2024-13-45\n", "in quotes"),
         (b"a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         (b"a: " + b"[" * 5000, "nested too deeply"),

@@ -41,6 +41,8 @@ def prepare_tracking(cfg: DictDefault) -> None:
                 os.environ[f"COMET_START_EXPERIMENT_{name.upper()}"] = _as_variable(setting)
             continue
         os.environ[VARIABLES.get(key, key.upper())] = _as_variable(value)
+    if cfg.wandb_mode == "disabled" and cfg.use_wandb is None:
+        cfg.use_wandb = False
     for project_key, switch in TRACKERS.values():
         if cfg.get(project_key) and cfg.get(switch) is None:
             cfg[switch] = True

@@ -5,11 +5,14 @@ What the user left open is decided here and recorded with `note_choice`, so that
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from axolotl.exceptions import MissingExtraError
+from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.environment import find_device_type
 from axolotl.utils.samplers.geometry import is_varlen
@@ -182,6 +185,14 @@ def read_tracker_args(cfg: DictDefault) -> dict[str, Any]:
     return {"report_to": [name for name, _ in on] or "none", "run_name": names[0] if names else None}
 
 
+def check_trackers(cfg: DictDefault) -> None:
+    """Raise MissingExtraError for a tracker whose package is not installed. That of tensorboard has a second name."""
+    for key, (name, _) in TRACKERS.items():
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if cfg[key] and not any(map(importlib.util.find_spec, packages)):
+            raise MissingExtraError(name, name.removesuffix("_ml"), f"`{key}: true`")
+
+
 def read_data_args(cfg: DictDefault) -> dict[str, Any]:
     """Order and loading of the data."""
     args: dict[str, Any] = {
@@ -193,12 +204,14 @@ def read_data_args(cfg: DictDefault) -> dict[str, Any]:
         "multipack_real_batches": bool(cfg.multipack_real_batches) or not is_varlen(cfg),
         "max_seq_length": cfg.sequence_len or 512,
         "eval_max_seq_length": cfg.eval_sequence_len,
-        "pretraining": bool(cfg.pretraining_dataset or cfg.streaming),
+        "pretraining": is_streamed(cfg),
+        # A stream goes to its place in the data by itself.
+        "ignore_data_skip": is_streamed(cfg),
         "dataset_num_proc": cfg.dataset_num_proc,
     }
     if cfg.dataloader_num_workers:
         args["dataloader_prefetch_factor"] = cfg.dataloader_prefetch_factor
-    if cfg.group_by_length:
+    if cfg.group_by_length and not is_streamed(cfg):
         args["train_sampling_strategy"] = "group_by_length"
     if cfg.accelerator_config:
         args["accelerator_config"] = cfg.accelerator_config.to_dict()

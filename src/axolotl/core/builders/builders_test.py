@@ -8,7 +8,7 @@ from axolotl.core.builders import arguments as read
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.training_args import AxolotlTrainingArguments
-from axolotl.exceptions import ConfigError, NotBuiltError
+from axolotl.exceptions import ConfigError, MissingExtraError, NotBuiltError
 from axolotl.utils.dict import DictDefault
 
 
@@ -59,6 +59,13 @@ def test_trackers():
     assert read.read_tracker_args(DictDefault())["report_to"] == "none"
     both = read.read_tracker_args(DictDefault(use_wandb=True, use_mlflow=True, mlflow_run_name="m", wandb_name="w"))
     assert both == {"report_to": ["wandb", "mlflow"], "run_name": "w"}
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(read.importlib.util, "find_spec", lambda name: None)
+    read.check_trackers(DictDefault())
+    with pytest.raises(MissingExtraError, match=r"`use_comet: true`.*axolotl\[comet\]"):
+        read.check_trackers(DictDefault(use_comet=True))
 
 
 @pytest.mark.parametrize("name", ["one_cycle", "rex"])

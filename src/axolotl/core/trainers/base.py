@@ -18,6 +18,9 @@ from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
 from axolotl.core.trainers.utils import memory_metrics, sanitize_kwargs_for_tagging
 from axolotl.core.trainers.watch import StepWatch
 from axolotl.utils.callbacks.hardware import flops_per_token, peak_flops
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 REDUCTIONS = {
     "mean": lambda values: sum(values) / len(values),
@@ -48,7 +51,7 @@ class AxolotlTrainer(
         "SchedulerMixin": ("create_scheduler",),
         "OptimizerMixin": ("create_optimizer",),
         "RngLoaderMixin": ("_load_rng_state", "_load_optimizer_and_scheduler"),
-        "CheckpointSaveMixin": ("_save_checkpoint",),
+        "CheckpointSaveMixin": ("_save_checkpoint", "_load_from_checkpoint"),
         "TokenLossMixin": (
             "get_batch_samples",
             "training_step",
@@ -56,7 +59,7 @@ class AxolotlTrainer(
             "prediction_step",
             "evaluation_loop",
         ),
-        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card"),
+        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card", "_run_epoch"),
     }
 
     tag_names = ("axolotl",)
@@ -75,6 +78,7 @@ class AxolotlTrainer(
         self._stored_metrics: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         self.writes_model_card = True
         self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
+        self.train_stream: Any = None  # the loader of streamed rows, whose position checkpoints hold
         super().__init__(*_args, **kwargs)
         self.add_callback(StepWatch(self))
         self._flops_per_token = flops_per_token(self.model)
@@ -131,6 +135,14 @@ class AxolotlTrainer(
                 raise ValueError(f"Unknown reduction {how!r} for metric {key!r}. One of: {', '.join(REDUCTIONS)}.")
             stored = self._stored_metrics[train_eval].setdefault(key, {"values": [], "reduction": how})
             stored["values"].append(value.item() if torch.is_tensor(value) else value)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer._run_epoch`, unless all steps are done: a finished run that is resumed would take one more."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            LOG.info(f"All {self.state.max_steps} steps are done: nothing is left to train.")
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, unless the run writes a card of its own (`writes_model_card` is False)."""

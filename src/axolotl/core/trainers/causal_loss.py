@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from axolotl.kernels.cross_entropy import linear_cross_entropy
 
@@ -80,6 +81,18 @@ class OutputHead:
     head: nn.Linear
     softcap: float | None = None
     logit_scale: float = 1.0
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the loss of an unwrapped model is that of the next token.
+
+    transformers reads the loss from the name of the class and takes that of the next token for a name that says nothing
+    (`GPT2LMHeadModel`). A model that gives no logits over the vocabulary, such as a classifier, has no output head.
+    """
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    return LOSS_MAPPING.get(loss_type, ForCausalLMLoss) is ForCausalLMLoss and model.get_output_embeddings() is not None
 
 
 def find_output_head(model: nn.Module) -> nn.Linear | str:

@@ -1,10 +1,13 @@
-"""Utils for Axolotl trainers: tags of a pushed model, memory in use."""
+"""Utils for Axolotl trainers: tags of a pushed model, memory in use, random state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 GIB = 2**30
@@ -40,3 +43,20 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
             "memory/device_reserved (GiB)": round(torch.mps.driver_allocated_memory() / GIB, 2),
         }
     return {}
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """What runs inside draws from copies of the generators: an evaluation must not change the training after it.
+
+    Even iterating a `DataLoader` draws a number, so that a run resumed from a checkpoint that was saved before an evaluation
+    would go on with other dropout masks than the run that made the evaluation.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -32,13 +32,16 @@ class StepWatch(TrainerCallback):
             raise TrainingStopped(
                 f"The loss of step {state.global_step + 1} is {loss.item()} (epoch {state.epoch or 0:.2f}, learning rate "
                 f"{self.trainer._get_learning_rate():.3g}, rank {args.process_index}). The weights were not updated with "
-                f"it; the last checkpoint in {args.output_dir} is from before. Try a lower `learning_rate`, more "
+                f"it; a checkpoint in {args.output_dir} is from before. Try a lower `learning_rate`, more "
                 "`warmup_steps`, `max_grad_norm: 1.0`, or `bf16: true` instead of `fp16: true`; a broken row in the data "
                 "shows up at the same step again when you run with the same `seed`."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.trainer.take_step_counts()
+        if self.trainer.train_stream is not None:
+            # transformers counts epochs of a stream from where it resumed.
+            state.epoch = state.global_step / state.max_steps
         if self.trainer.stop_agreed or (args.world_size <= 1 and self.trainer.stop_requested):
             self.trainer.stop_agreed = True
             control.should_save = True

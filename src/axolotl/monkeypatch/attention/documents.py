@@ -109,6 +109,17 @@ def cu_seq_lens(starts: torch.Tensor) -> tuple[torch.Tensor, int]:
     return borders.to(torch.int32), int(borders.diff().max())
 
 
+def documents_of_borders(borders: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The number of the document of each token, (B, T) int64. The inverse of `cu_seq_lens`.
+
+    Args:
+        borders: int32 (number of documents + 1,).
+        tokens: (B, T) or (B, T, H), whose rows were laid end to end.
+    """
+    places = torch.arange(tokens.shape[0] * tokens.shape[1], dtype=borders.dtype, device=borders.device)
+    return torch.bucketize(places, borders[1:], right=True).view(tokens.shape[:2])
+
+
 def _build_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, one of transformers' mask builders, with the documents of the batch as one more condition."""
 
@@ -145,7 +156,9 @@ def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 class DocumentHook:
-    """The hooks that one decoder carries: before its forward the documents are told, afterwards they are forgotten.
+    """The hooks that one module carries: before its forward the documents are told, afterwards they are forgotten.
+
+    A module inside one that has told its documents adds nothing.
 
     Attributes:
         varlen: whether the backend takes `cu_seq_lens_*`.
@@ -160,8 +173,11 @@ class DocumentHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._tokens.append(None)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        told = self.varlen and kwargs.get("cu_seq_lens_q") is not None
-        if told or kwargs.get("past_key_values") is not None:
+        if CURRENT.get() is not None or kwargs.get("past_key_values") is not None:
+            return None
+        if self.varlen and kwargs.get("cu_seq_lens_q") is not None:
+            ids = documents_of_borders(kwargs["cu_seq_lens_q"], next(_tensors(args, kwargs)))
+            self._tokens[-1] = CURRENT.set(Documents(ids))
             return None
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return None
@@ -194,26 +210,31 @@ class DocumentHook:
         documents = CURRENT.get()
         CURRENT.reset(token)
         if output is not None and self.checked and documents is not None and not documents.used:
+            masked = "`attn_implementation: sdpa` with `sdpa_varlen: false`, or " if self.varlen else ""
             raise ModelError(
-                f"{type(module).__name__} does not take its attention (or its masks) from transformers' interfaces, so that packed "
-                "documents would see each other. Write `sample_packing: false`."
+                f"{type(module).__name__} does not take its attention (or its masks) from transformers' interfaces, or does not hand "
+                "the borders of documents down to it, so that packed documents would see each other. Write "
+                f"{masked}`sample_packing: false`."
             )
 
 
 def add_document_hook(model: nn.Module, *, varlen: bool, checked: bool = True) -> None:
     """Tell the documents of each batch to the attention backend of `model`. Adding it twice changes nothing.
 
-    The hooks stand on the decoder and not on the head, because peft calls the head's `forward` directly.
+    They stand on the model itself and on its decoder. Some models call the layers of their decoder past its `forward`, or never
+    hand it the positions, so that only the model is told; peft calls the `forward` of the model directly, past its hooks, so
+    that only the decoder is. A peft model gets hooks of its own, which serve both.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, or a peft model around one.
         varlen: whether the backend takes `cu_seq_lens_*`; otherwise it takes masks.
         checked: whether the backend reports by `mark_used`.
     """
     decoder = model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
-    if HOOK_MARK in vars(decoder):
-        return
-    hook = DocumentHook(varlen=varlen, checked=checked)
-    decoder.register_forward_pre_hook(hook.before, with_kwargs=True)
-    decoder.register_forward_hook(hook.after, always_call=True)
-    setattr(decoder, HOOK_MARK, hook)
+    for module in dict.fromkeys((model, decoder)):
+        if HOOK_MARK in vars(module):
+            continue
+        hook = DocumentHook(varlen=varlen, checked=checked)
+        module.register_forward_pre_hook(hook.before, with_kwargs=True)
+        module.register_forward_hook(hook.after, always_call=True)
+        setattr(module, HOOK_MARK, hook)

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl.exceptions import ConfigError
+from axolotl.model_support import read_model_support
 from axolotl.monkeypatch.attention import varlen
 from axolotl.utils.dict import DictDefault, note_choice
 
@@ -95,6 +96,13 @@ def check_packing(cfg: DictDefault, config: PretrainedConfig) -> None:
             f"`sample_packing: true` cannot be used with `base_model: {cfg.base_model}`: its {', '.join(kinds)} layers carry a state "
             "from one packed document into the next. Write `sample_packing: false`."
         )
+    chunk, sequence_len = _chunk(config), int(cfg.sequence_len or 0)
+    if cfg.sample_packing and chunk and chunk < sequence_len:
+        raise ConfigError(
+            f"`sample_packing: true` cannot be used with `sequence_len: {sequence_len}` and `base_model: {cfg.base_model}`: the model "
+            f"attends in chunks of {chunk} tokens, which would be counted from the start of the packed row instead of the document. "
+            f"Write `sequence_len: {chunk}` or less, or `sample_packing: false`."
+        )
 
 
 def _chunk(config: PretrainedConfig) -> int | None:
@@ -107,6 +115,9 @@ def varlen_refusal(
     """Why `axolotl_varlen` cannot serve this architecture, or None when it can."""
     if model_class is None or not model_class._supports_attention_backend:
         return "the model does not pass attention keywords through to its layers"
+    refused = read_model_support(config.get_text_config().model_type).varlen_refused
+    if refused:
+        return refused
     if recurrent_layers(config):
         return "the model has recurrent layers, which read the padding mask"
     chunk = _chunk(config)

@@ -51,8 +51,10 @@ def _compute_dtype(query: torch.Tensor, module: nn.Module) -> torch.dtype:
     device = query.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    weights = (layer.weight.dtype for layer in module.modules() if isinstance(layer, nn.Linear))
-    return next((dtype for dtype in weights if dtype in (torch.float16, torch.bfloat16)), query.dtype)
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    # The weight of a 4-bit layer has the dtype that it is stored in, which says nothing of how the layer computes.
+    dtypes = (vars(layer).get("compute_dtype") or layer.weight.dtype for layer in layers)
+    return next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), query.dtype)
 
 
 def _document_mask(q_len: int, kv_len: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor:

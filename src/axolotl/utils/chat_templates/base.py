@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
 from axolotl.exceptions import ConfigError, TokenizerError
 from axolotl.utils.logging import get_logger
 
@@ -116,7 +119,13 @@ def get_chat_template_from_config(
 ) -> str:
     """The text of the chat template that applies to a dataset, or to the whole run."""
     choice, jinja_template = extract_chat_template_args(cfg=cfg, ds_cfg=ds_cfg)
-    return get_chat_template(user_choice=choice, jinja_template=jinja_template, tokenizer=tokenizer)
+    template = get_chat_template(user_choice=choice, jinja_template=jinja_template, tokenizer=tokenizer)
+    try:
+        _compile_jinja_template(template)
+    except jinja2.TemplateSyntaxError as error:
+        origin = "`chat_template_jinja`" if choice == "jinja" else f"The template of `chat_template: {choice}`"
+        raise ConfigError(f"{origin} is not a valid jinja template. Line {error.lineno}: {error.message}") from error
+    return template
 
 
 def _tokenizer_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -41,6 +41,7 @@ _THINKING_TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 _SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+_WORDS = {type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", dict: "a mapping"}
 _PART_TEXT_KEYS = ("text", "content", "value")
 _PART_TRAIN_KEYS = ("train", "weight")
 
@@ -205,5 +206,10 @@ def _from_json(text: str, what: str) -> Any:
 def _kind(value: Any) -> str:
     if isinstance(value, list):
         odd = next((item for item in value if not isinstance(item, Mapping)), None)
-        return f"a list that holds {'null' if odd is None else type(odd).__name__}"
-    return type(value).__name__
+        return f"a list that holds {describe_value(odd)}"
+    return describe_value(value)
+
+
+def describe_value(value: Any) -> str:
+    """What a value is, in a word."""
+    return _WORDS.get(type(value), type(value).__name__)

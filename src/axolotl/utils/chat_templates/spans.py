@@ -27,7 +27,7 @@ Render = Callable[..., str]
 
 _MARKER = "zzturn{}markerzz"
 _PLAIN_KEYS = frozenset({"role", "content"})
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _MAX_SKELETONS = 4096
 
 
@@ -97,7 +97,7 @@ class TurnSpans:
         marked = [{**turn, "content": marker} for turn, marker in zip(turns, markers, strict=True)]
         try:
             text = self.render(marked, tools=tools)
-        except _RENDER_ERRORS:
+        except RENDER_ERRORS:
             return None
         if any(text.count(marker) > 1 for marker in markers):
             return None
@@ -195,7 +195,7 @@ class TurnSpans:
     def _try_render(self, turns: Sequence[Turn], tools: list | None, add_generation_prompt: bool = False) -> str | None:
         try:
             return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt)
-        except _RENDER_ERRORS:
+        except RENDER_ERRORS:
             return None
 
 

@@ -202,7 +202,7 @@ class PretrainingBatchSamplerDataCollatorForSeq2Seq(V2BatchSamplerDataCollatorFo
         if self.multipack_attn or not features:
             return super().__call__(features, return_tensors)
         bins = features if isinstance(features[0], (list, tuple)) else [features]
-        return super().__call__([[self._one_text(bin_)] for bin_ in bins], return_tensors)
+        return super().__call__([[self._one_text(bin_)] if bin_ else [] for bin_ in bins], return_tensors)
 
     def _one_text(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         return {name: value for name, value in join_rows(rows).items() if name != "position_ids"}

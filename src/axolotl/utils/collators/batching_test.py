@@ -109,6 +109,7 @@ def test_pretraining_rows_as_one_text(tokenizer):
     batch = collator([[row(1, 2), row(3, 4)]])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 2, 3, 4]]
+    assert collator([[row(1, 2)], []])["labels"].tolist() == [[-100, 2], [-100, -100]]
 
 
 def test_mamba(tokenizer):

@@ -3,6 +3,7 @@
 In: `cfg.datasets` and a tokenizer. Out: `(train, eval, total_num_steps, prompters)`. In the order of work: `shared` finds
 and opens a source (`json_lines`, `remote`), `tokenize` turns its rows into tokens, `length`, `rows` and `dedup` decide which
 rows stay, `sft` puts datasets together, `cache` and `lock` keep the result on disk, `steps` counts, `report` tells.
+`streaming` reads the same sources while a run trains.
 A new kind of source is one function and one row in `shared`.
 """
 

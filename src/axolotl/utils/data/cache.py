@@ -6,6 +6,7 @@ without a valid marker, or with other files than it lists, is said so and built 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,13 @@ def build_folder(root: Path, key: str) -> Iterator[Path]:
         ) from error
     try:
         yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"`dataset_prepared_path: {root}` is on a disk without space for the prepared rows ({error.strerror}). Free some, "
+            "or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -91,7 +99,7 @@ def load_prepared(folder: Path, keep_in_memory: bool = False) -> tuple[Dataset, 
             damage = "the number of rows is not the one that was written"
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             damage = f"{type(error).__name__}: {error}"
-    LOG.warning(f"the prepared dataset in {folder} is damaged ({damage}); it is built again.")
+    LOG.warning_once(f"the prepared dataset in {folder} is damaged ({damage}); it is built again.")
     return None
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import datasets
 import fsspec
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 import axolotl
+from axolotl.utils.data.shared import local_data_files, names_reader
 from axolotl.utils.data.synthetic import SYNTHETIC
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -35,6 +36,7 @@ CONFIG_KEYS = [
     "excess_length_strategy",
     "min_sample_len",
     "train_on_inputs",
+    "pretraining_sample_concatenation",
     "seed",
     "shuffle_merged_datasets",
     "shuffle_before_merging_datasets",
@@ -102,6 +104,7 @@ def dataset_key(cfg: DictDefault, entries: Iterable[DictDefault], tokenizer: Any
         tokenizer_fingerprint(tokenizer),
         own_code_fingerprint(),
         [strategy_code_fingerprint(entry.type) for entry in entries],
+        [strategy_code_fingerprint(entry.input_transform) for entry in entries],
         datasets.__version__.split(".")[0],
     ):
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
@@ -134,6 +137,8 @@ def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str:
         return file_fingerprint(local)
     if local.is_dir():
         return folder_fingerprint(local)
+    if names_reader(entry):
+        return json.dumps([file_fingerprint(file) for file in local_data_files(entry)])
     return _hub_fingerprint(path, entry.revision, use_auth_token)
 
 
@@ -182,7 +187,7 @@ def _hub_fingerprint(repo: str, revision: str | None, use_auth_token: bool) -> s
         return str(
             HfApi().dataset_info(repo, revision=revision, token=True if use_auth_token else None, timeout=10).sha
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         LOG.debug(f"{repo}: the hub gives no commit ({type(error).__name__})")
         return f"offline:{revision}"
 

@@ -40,17 +40,28 @@ KINDS: dict[str, Any] = {
 
 
 def can_read(files: Sequence[Path]) -> bool:
-    """Rows one per line, or one list of rows. Other JSON files (an object of columns) are left to `datasets`."""
-    return hasattr(datasets, "Json") and all(_first_bytes(file) for file in files)
+    """Whether the files are meant as rows: one per line, or one list. An object over many lines is left to `datasets`."""
+    return hasattr(datasets, "Json") and all(_holds_rows(file) for file in files)
 
 
-def _first_bytes(file: Path) -> bool:
+def _holds_rows(file: Path) -> bool:
     with fsspec.open(str(file), "rb", compression="infer") as stream:
         head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if head.startswith(b"["):
-        return True
+    if not head.startswith(b"{"):
+        return True  # a list, or nothing that can be read: `read` says which line is wrong
     line = head.partition(b"\n")[0].rstrip()
-    return head.startswith(b"{") and (line.endswith(b"}") or len(line) >= (1 << 16) - 4)
+    return line.endswith(b"}") or len(line) >= (1 << 16) - 4
+
+
+def iter_rows(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON files one by one, for a stream.
+
+    Raises:
+        DatasetError: a line is no JSON object; names file and line.
+    """
+    for file in files:
+        for row, _ in _rows(Path(file)):
+            yield row
 
 
 def read(files: Sequence[Path], cache_dir: str | None = None) -> Dataset:
@@ -200,6 +211,11 @@ def _list_rows(file: Path, content: bytes) -> Iterator[tuple[dict[str, Any], int
 def _parse(line: bytes, file: Path, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"dataset file {file}, {where} is not UTF-8 text ({error.reason}, byte {error.start}). Save the file as UTF-8. "
+            f"The line starts {_short(line)}."
+        ) from error
     except ValueError as error:
         raise DatasetError(
             f"dataset file {file}, {where} is not valid JSON: {error}. The line starts {_short(line)}."

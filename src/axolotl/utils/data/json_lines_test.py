@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said(tmp_path, content, message):
 def test_bytes_that_are_no_text(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a": "ok"}\n{"a": "\xff\xfe"}\n')
-    with pytest.raises(DatasetError, match="line 2 is not valid JSON"):
+    with pytest.raises(DatasetError, match="line 2 is not UTF-8 text"):
         json_lines.read([file])
     file.write_text('{"a": "ok"}\n{"a": "\\ud800"}\n')
     with pytest.raises(DatasetError, match=r"row 1.*`a`.*half of a character"):

@@ -105,7 +105,7 @@ def apply_length_policy(
         lengths = np.minimum(lengths, sequence_len)
         truncated = num_long
     dropped = {
-        f"longer than {key}": int((lengths > sequence_len).sum()),
+        f"longer than `{key}: {sequence_len}`": int((lengths > sequence_len).sum()),
         f"shorter than {min_len} tokens": int((lengths < min_len).sum()),
     }
     keep = (lengths <= sequence_len) & (lengths >= min_len)

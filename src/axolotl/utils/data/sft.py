@@ -28,6 +28,8 @@ from axolotl.utils.data.lock import hold_lock
 from axolotl.utils.data.rows import add_pose_position_ids, apply_length_policy, count_trained_tokens, select_rows
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
 from axolotl.utils.data.steps import calculate_total_num_steps, packing_summary
+from axolotl.utils.data.stream import TokenStream
+from axolotl.utils.data.streaming import is_streamed, prepare_streaming_dataset
 from axolotl.utils.data.synthetic import SYNTHETIC, synthetic_rows
 from axolotl.utils.data.tokenize import dataset_name, tokenize_dataset
 from axolotl.utils.dict import DictDefault
@@ -38,19 +40,22 @@ LOG = get_logger(__name__)
 
 DEFAULT_PREPARED_PATH = "last_run_prepared"
 
+WEIGHT = "dataset_weight"
+"""Column of merged rows with the `weight` of their dataset, when any dataset has one."""
+
 
 @dataclass
 class Prepared:
     """What preparation gives.
 
     Attributes:
-        train: rows to train on.
+        train: rows to train on, or a stream of batches of them.
         evaluation: rows held out, or None.
         total_num_steps: optimizer steps of the run.
         report: numbers of the training rows (see `report.summarize`), or None for rows that are not prepared.
     """
 
-    train: Dataset
+    train: Dataset | TokenStream
     evaluation: Dataset | None
     total_num_steps: int
     report: dict[str, Any] | None = None
@@ -58,7 +63,7 @@ class Prepared:
 
 def prepare_datasets(
     cfg: DictDefault, tokenizer: Any, processor: Any = None
-) -> tuple[Dataset, Dataset | None, int, list[Any]]:
+) -> tuple[Dataset | TokenStream, Dataset | None, int, list[Any]]:
     """Prepare training and evaluation datasets based on configuration.
 
     Args:
@@ -79,6 +84,8 @@ def prepare_datasets(
 
 def prepare(cfg: DictDefault, tokenizer: Any, processor: Any = None) -> Prepared:
     """As `prepare_datasets`, with the report."""
+    if is_streamed(cfg):
+        return _streamed(cfg, tokenizer, processor)
     if cfg.skip_prepare_dataset:
         return _raw_datasets(cfg)
     train, summary = prepare_part(cfg, cfg.datasets or [], tokenizer, processor, "train")
@@ -89,6 +96,7 @@ def prepare(cfg: DictDefault, tokenizer: Any, processor: Any = None) -> Prepared
     else:
         train, evaluation = split_validation(train, cfg)
         evaluation = _fit_evaluation(evaluation, cfg)
+    train, evaluation = apply_weights(train, cfg), without_weights(evaluation)
     total_num_steps = calculate_total_num_steps(cfg, train)
     summary = {
         **summary,
@@ -100,6 +108,14 @@ def prepare(cfg: DictDefault, tokenizer: Any, processor: Any = None) -> Prepared
         summary["packing"] = packing_summary(cfg, train)
     report.log_report(summary)
     return Prepared(train, evaluation, total_num_steps, summary)
+
+
+def _streamed(cfg: DictDefault, tokenizer: Any, processor: Any) -> Prepared:
+    """A stream to train on; rows to evaluate on are prepared in advance."""
+    evaluation = None
+    if cfg.test_datasets:
+        evaluation, _ = prepare_part(cfg, cfg.test_datasets, tokenizer, processor, "test")
+    return Prepared(prepare_streaming_dataset(cfg, tokenizer, processor), evaluation, int(cfg.max_steps))
 
 
 def prepare_part(
@@ -226,6 +242,8 @@ def build_entry(
             tokens = select_rows(tokens, trained)
     if cfg.use_pose:
         tokens = _with_pose(tokens, cfg)
+    if part == "train" and any(other.weight is not None for other in cfg.datasets or []):
+        tokens = tokens.add_column(WEIGHT, np.full(len(tokens), entry.weight or 1.0))
     for reason, count in dropped.items():
         LOG.warning(f"dataset {name}: {count:,} of {rows_made:,} rows dropped: {reason}")
     if truncated:
@@ -280,7 +298,7 @@ def merge_datasets(prepared: Sequence[Dataset], cfg: DictDefault) -> tuple[Datas
         `(rows, duplicates dropped)`.
     """
     seed = int(cfg.seed or 0)
-    shuffle = cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling
+    shuffle = not keeps_order(cfg)
     if cfg.shuffle_before_merging_datasets:
         prepared = [dataset.shuffle(seed=seed) for dataset in prepared]
     merged = prepared[0] if len(prepared) == 1 else concatenate_datasets(_alike(prepared))
@@ -322,13 +340,48 @@ def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Datas
             f"`val_set_size: {cfg.val_set_size}` takes {num_eval:,} rows, but there are only {len(dataset):,}: none would be "
             "left to train on. Write a smaller number."
         )
-    ordered = cfg.shuffle_merged_datasets is False or cfg.curriculum_sampling
     chosen = np.zeros(len(dataset), dtype=bool)
-    if ordered:
+    if keeps_order(cfg):
         chosen[np.random.default_rng(int(cfg.seed or 0)).permutation(len(dataset))[:num_eval]] = True
     else:
         chosen[len(dataset) - num_eval :] = True
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def apply_weights(dataset: Dataset, cfg: DictDefault) -> Dataset:
+    """Use the rows of a dataset with `weight: 2.5` two or three times, of one with `weight: 0.5` every other row.
+
+    This comes after the validation split, so that no copy of a held-out row is trained on. Which rows are used once more, or
+    are left out, follows from `seed`.
+    """
+    if WEIGHT not in dataset.column_names:
+        return dataset
+    weights = np.asarray(dataset.with_format("numpy")[WEIGHT][:])
+    dataset = dataset.remove_columns(WEIGHT)
+    rng = np.random.default_rng(int(cfg.seed or 0))
+    times = np.floor(weights).astype(np.int64)
+    for weight in np.unique(weights):
+        rows = np.flatnonzero(weights == weight)
+        extra = round((weight - np.floor(weight)) * len(rows))
+        times[rng.permutation(rows)[:extra]] += 1
+    chosen = np.repeat(np.arange(len(dataset)), times)
+    if not len(chosen):
+        raise DatasetError(
+            "no row is left to train on: `weight` of the datasets is too small for their number of rows."
+        )
+    LOG.info(f"`weight` makes {len(chosen):,} rows per epoch of {len(dataset):,}")
+    return dataset.select(chosen if keeps_order(cfg) else rng.permutation(chosen))
+
+
+def without_weights(evaluation: Dataset | None) -> Dataset | None:
+    if evaluation is None or WEIGHT not in evaluation.column_names:
+        return evaluation
+    return evaluation.remove_columns(WEIGHT)
+
+
+def keeps_order(cfg: DictDefault) -> bool:
+    """Whether rows stay in the order of their datasets."""
+    return cfg.shuffle_merged_datasets is False or bool(cfg.curriculum_sampling)
 
 
 def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | None:

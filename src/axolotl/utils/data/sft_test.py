@@ -114,7 +114,7 @@ def test_length_policy_is_counted(config, tokenizer):
     dropped = prepare(config(rows, sequence_len=20, min_sample_len=6), tokenizer)
     assert sorted(dropped.train["length"]) == sorted(lengths[(lengths <= 20) & (lengths >= 6)].tolist())
     assert dropped.report["datasets"][0]["dropped"] == {
-        "longer than sequence_len": int((lengths > 20).sum()),
+        "longer than `sequence_len: 20`": int((lengths > 20).sum()),
         "shorter than 6 tokens": int((lengths < 6).sum()),
     }
     cut = prepare(config(rows, sequence_len=20, excess_length_strategy="truncate"), tokenizer)
@@ -357,3 +357,33 @@ def test_a_prepared_dataset_in_a_read_only_place(config, tokenizer, monkeypatch)
     expected = all_ids(prepare_datasets(cfg, tokenizer)[0])
     monkeypatch.setattr(sft, "hold_lock", None)
     assert all_ids(prepare_datasets(cfg, tokenizer)[0]) == expected
+
+
+def test_weight_is_how_often_rows_are_used_and_held_out_rows_stay_out(tmp_path, tokenizer):
+    entries = []
+    for name, weight in (("a", 2.5), ("b", 0.5), ("c", None)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in range(20)))
+        entries.append({"path": str(path), "type": "completion", **({"weight": weight} if weight else {})})
+    cfg = DictDefault(
+        datasets=entries,
+        sequence_len=64,
+        dataset_prepared_path=str(tmp_path / "prepared"),
+        micro_batch_size=1,
+        num_epochs=1,
+        seed=1,
+        dataset_exact_deduplication=True,
+    )
+    counts = []
+    for held_out in (0, 15):
+        prepared = prepare(DictDefault({**cfg, "val_set_size": held_out}), tokenizer)
+        texts = [tokenizer.decode(ids) for ids in prepared.train["input_ids"]]
+        counts.append({name: sum(f"{name} " in text for text in texts) for name in "abc"})
+        assert prepared.total_num_steps == len(texts)
+        assert "dataset_weight" not in prepared.train.column_names
+        if prepared.evaluation is not None:
+            evaluated = {tokenizer.decode(ids) for ids in prepared.evaluation["input_ids"]}
+            assert len(evaluated) == 15
+            assert not evaluated & set(texts)
+            assert "dataset_weight" not in prepared.evaluation.column_names
+    assert counts[0] == {"a": 50, "b": 10, "c": 20}

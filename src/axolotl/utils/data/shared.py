@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.data import json_lines, remote
@@ -35,6 +35,9 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".md": ("text", {}),
 }
 """File extension -> reader of `datasets` and its arguments. A compression suffix is taken off first."""
+
+READER_NAMES = frozenset(reader for reader, _ in READERS.values())
+"""Values of `path` that name a reader and no dataset: the files are those of `data_files`."""
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
 
@@ -88,16 +91,17 @@ def load_dataset_with_config(
             f"dataset `path: {path}` is neither a local file or folder nor found on the Hugging Face hub. Check the spelling; "
             f"for a private or gated dataset log in (`hf auth login`) and write `hf_use_auth_token: true`. ({error})"
         ) from error
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+    except (ConnectionError, OfflineModeIsEnabled, HTTPError) as error:
         raise DatasetError(
             f"dataset `path: {path}` is no local file or folder, and the Hugging Face hub cannot be reached ({error}). "
             "Check the path and the network, or download the dataset and give its local path."
         ) from error
     except READ_ERRORS as error:
-        raise DatasetError(f"dataset `path: {path}` cannot be read: {_first_cause(error)}") from error
+        raise DatasetError(f"dataset `path: {path}` cannot be read: {first_cause(error)}") from error
 
 
-def _first_cause(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
+    """What an error of a reader comes from, in a line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -117,6 +121,8 @@ def _open(
         return _open_folder(local, config, split, common)
     if local.is_file():
         return _open_files([local], config, common)
+    if names_reader(config):
+        return _open_files(local_data_files(config), DictDefault({**config, "ds_type": path}), common)
     if _looks_local(path):
         raise DatasetError(f"dataset `path: {path}` does not exist (looked for {local.resolve()}). Check the path.")
     token = True if use_auth_token else None
@@ -153,7 +159,9 @@ def _open_files(files: Sequence[Path], config: DictDefault, common: dict[str, An
         raise DatasetError(f"dataset file {', '.join(map(str, found))} is empty.")
     reader, arguments = _reader(found[0].name, config)
     names = [str(file) for file in found]
-    if reader == "json" and not common["streaming"] and json_lines.can_read(found):
+    if reader == "json" and json_lines.can_read(found):
+        if common["streaming"]:
+            return IterableDataset.from_generator(json_lines.iter_rows, gen_kwargs={"files": names})
         cache_dir = common["cache_dir"]
         return take_split(json_lines.read(found, cache_dir), common["split"], names[0])
     return load_dataset(reader, data_files=names, **arguments, **common)
@@ -166,6 +174,20 @@ def _matches(file: Path) -> list[Path]:
     if not matches:
         raise DatasetError(f"dataset file {file} does not exist. Check `path` and `data_files`.")
     return matches
+
+
+def names_reader(config: DictDefault) -> bool:
+    """Whether `path` is a reader such as `json`, and `data_files` names local files."""
+    return str(config.path) in READER_NAMES and all("://" not in name for name in _as_list(config.data_files or "://"))
+
+
+def local_data_files(config: DictDefault) -> list[Path]:
+    """The files of `data_files`, where names may hold `*`.
+
+    Raises:
+        DatasetError: one is not there.
+    """
+    return [match for name in _as_list(config.data_files) for match in _matches(Path(name).expanduser())]
 
 
 def _as_list(value: Any) -> list[str]:

@@ -8,8 +8,11 @@ from functools import partial
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from huggingface_hub.errors import HTTPError
 
 from axolotl.exceptions import DatasetError, MissingExtraError
+from axolotl.utils.data import fingerprint
+from axolotl.utils.data.fingerprint import source_fingerprint
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
 from axolotl.utils.dict import DictDefault
 
@@ -86,6 +89,25 @@ def test_folder_of_files_and_data_files(tmp_path):
     assert len(load(tmp_path, data_files="*.jsonl")) == 20
     with pytest.raises(DatasetError, match=r"c\.jsonl does not exist"):
         load(tmp_path, data_files="c.jsonl")
+
+
+def test_a_reader_with_local_data_files(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:5])
+    entry = DictDefault(path="json", data_files=[str(tmp_path / "*.jsonl")])
+    assert len(load_dataset_with_config(entry)) == 5
+    before = source_fingerprint(entry, False)
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:6])
+    assert source_fingerprint(entry, False) != before
+    with pytest.raises(DatasetError, match="does not exist"):
+        source_fingerprint(DictDefault(path="csv", data_files=str(tmp_path / "none.csv")), False)
+
+
+def test_a_hub_that_cannot_be_reached_gives_no_commit(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(fingerprint.HfApi, "dataset_info", unreachable)
+    assert source_fingerprint(DictDefault(path="someone/something"), False) == "offline:None"
 
 
 def test_folder_laid_out_like_a_hub_repository(tmp_path):

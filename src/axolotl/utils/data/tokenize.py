@@ -11,6 +11,7 @@ from datasets import Dataset
 from axolotl import prompt_strategies
 from axolotl.datasets import TokenizedPromptDataset
 from axolotl.exceptions import AxolotlError, DatasetError
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.data.rows import check_token_columns
 from axolotl.utils.dict import DictDefault
 
@@ -49,14 +50,11 @@ def tokenize_dataset(
             f"{', '.join(raw.column_names)}). Write a `type`, such as `alpaca` or `chat_template`."
         )
     strategy = prompt_strategies.load(config.type, tokenizer, cfg, config, processor=processor)
+    process_count, keep_in_memory = num_workers(len(raw), cfg.dataset_num_proc), bool(cfg.dataset_keep_in_memory)
     try:
-        return TokenizedPromptDataset(
-            strategy,
-            raw,
-            process_count=num_workers(len(raw), cfg.dataset_num_proc),
-            keep_in_memory=bool(cfg.dataset_keep_in_memory),
-            name=str(config.path),
-        )
+        if isinstance(strategy, DatasetWrappingStrategy):
+            return strategy.wrap_dataset(raw, process_count=process_count, keep_in_memory=keep_in_memory)
+        return TokenizedPromptDataset(strategy, raw, process_count, keep_in_memory, name=str(config.path))
     except AxolotlError as error:
         if str(config.path) in str(error):
             raise

@@ -200,9 +200,11 @@ def _write_shard(path: Path, infos: list[TensorInfo], produce: Callable[[str], t
         for info in infos:
             tensor = produce(info.name)
             if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+                other = tuple(tensor.shape) != info.shape
+                why = " The base model is not the one that the adapter was trained on." if other else ""
                 raise ModelError(
                     f"`{info.name}` came out as {tensor.dtype} {tuple(tensor.shape)} "
-                    f"where {info.dtype} {info.shape} was announced."
+                    f"where {info.dtype} {info.shape} was announced.{why}"
                 )
             stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
         stream.flush()

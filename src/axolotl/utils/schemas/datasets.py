@@ -93,7 +93,17 @@ class ConversationFields(Words):
         return handle_legacy_message_fields_logic(data) if isinstance(data, dict) else data
 
 
-class SFTDataset(ConversationFields, DatasetSource):
+class Weighted(Words):
+    """How much a dataset is trained on."""
+
+    weight: Float | None = key(
+        "How many times each row is used per epoch (0.5: half of the rows, 2: every row twice). When streaming: share of the "
+        "rows, relative to the other datasets.",
+        gt=0,
+    )
+
+
+class SFTDataset(ConversationFields, Weighted, DatasetSource):
     """Rows with a prompt and an answer, a conversation, or plain text."""
 
     type: str | UserDefinedPrompterType | None = key(
@@ -123,12 +133,13 @@ class SFTDataset(ConversationFields, DatasetSource):
     train_on_split: str | None = key("Has no effect; use `split`.")
 
 
-class PretrainingDataset(DatasetSource):
+class PretrainingDataset(Weighted, DatasetSource):
     """Plain text, streamed."""
 
     split: Text | None = key("Split to load.", "train")
     text_column: str | None = key("Column of the text.", "text")
-    type: str | None = key("How a row becomes tokens.", "pretrain")
+    field: str | None = key("The same as `text_column`.")
+    type: str | None = key("How a row becomes tokens: `pretrain` or `completion`.", "pretrain")
     skip: Int | None = key("Rows to skip at the start.", ge=0)
 
 
@@ -193,7 +204,7 @@ def dataset_model(entry: dict[str, Any], rl: Any) -> type[BaseModel]:
 
 def pretraining_model(entry: dict[str, Any], rl: Any = None) -> type[BaseModel]:
     """The model that an entry of `pretraining_dataset` is read with."""
-    return PretrainingDataset if entry.get("type") in (None, "pretrain") else SFTDataset
+    return PretrainingDataset if entry.get("type") in (None, "pretrain", "completion") else SFTDataset
 
 
 def _read_dataset(entry: Any, info: ValidationInfo) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,5 +124,7 @@ def _or(words: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as YAML writes it
     text = repr(value) if isinstance(value, list | dict) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

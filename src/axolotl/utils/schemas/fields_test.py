@@ -59,7 +59,7 @@ def test_value_as_written(text, key, value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("micro_batch_size: true", "`micro_batch_size: True` cannot be used: expected a number"),
+        ("micro_batch_size: true", "`micro_batch_size: true` cannot be used: expected a number"),
         ("val_set_size: yes", "expected a number"),
         ("learning_rate: .nan", "expected a number of at least 0"),
         ("learning_rate: .inf", "expected a finite number"),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
@@ -15,11 +16,12 @@ from axolotl.core.checkpoint import (
     TRAINER_STATE,
     aside_path,
     checkpoint_path,
+    is_write_error,
     remove_old_checkpoints,
     seal_checkpoint,
     write_run_state,
 )
-from axolotl.exceptions import OutputError
+from axolotl.exceptions import CheckpointError, OutputError
 
 
 class CheckpointSaveMixin(Trainer):
@@ -33,8 +35,8 @@ class CheckpointSaveMixin(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             self._write_checkpoint(run_dir, aside, final)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and not _is_write_error(error):
+        except Exception as error:
+            if not is_write_error(error):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
             raise OutputError(
@@ -48,6 +50,19 @@ class CheckpointSaveMixin(Trainer):
         if self.args.should_save:
             remove_old_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+            raise CheckpointError(
+                f"The weights of the checkpoint {resume_from_checkpoint} cannot be loaded: {said} Either the file is damaged, or "
+                "the checkpoint belongs to another model or adapter than this config describes. Resume from another one with "
+                "`resume_from_checkpoint`, or choose another `output_dir`."
+            ) from error
+
     def _write_checkpoint(self, run_dir: Path, aside: Path, final: Path) -> None:
         self.store_flos()
         self.save_model(str(aside), _internal_call=True)
@@ -55,6 +70,8 @@ class CheckpointSaveMixin(Trainer):
             self._save_optimizer_and_scheduler(str(aside))
             self._save_scaler(str(aside))
             self._save_rng_state(str(aside))
+            if self.train_stream is not None:
+                self.train_stream.save(aside)
         run_state = self.run_state()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
@@ -74,8 +91,3 @@ class CheckpointSaveMixin(Trainer):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         for name, found in states.items():
             self.state.stateful_callbacks[name] = found[0] if len(found) == 1 else found
-
-
-def _is_write_error(error: RuntimeError) -> bool:
-    """torch reports a full disk as a RuntimeError of its zip writer."""
-    return "PytorchStreamWriter" in str(error) or "iostream error" in str(error) or "unexpected pos" in str(error)

@@ -14,6 +14,8 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length, seed_worker
 
 from axolotl.utils.data.bins import BinDataset
+from axolotl.utils.data.stream import TokenStream
+from axolotl.utils.data.stream_loader import StreamLoader
 from axolotl.utils.samplers.epoch import EpochSampler
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
 from axolotl.utils.samplers.utils import get_dataset_lengths
@@ -69,8 +71,11 @@ class PackingMixin(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> Any:
         dataset = self.train_dataset
+        if isinstance(dataset, TokenStream):
+            self.train_stream = self._stream_loader(dataset)
+            return self.train_stream
         if not self.args.sample_packing or self.args.pretraining or isinstance(dataset, IterableDataset):
             return super().get_train_dataloader()
         sampler = self._packing_sampler(
@@ -81,6 +86,20 @@ class PackingMixin(Trainer):
             drop_last=self.args.dataloader_drop_last,
         )
         return self._packed_dataloader(dataset, sampler, "Training", is_training=True)
+
+    def _stream_loader(self, dataset: TokenStream) -> StreamLoader:
+        """This rank's share of a stream. Ranks of a tensor- or context-parallel group read the same."""
+        args = self.args
+        group = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        return StreamLoader(
+            dataset,
+            self.data_collator,
+            rank=args.process_index // group,
+            world_size=max(1, args.world_size // group),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from axolotl.core.checkpoint import read_run_state
+from axolotl.exceptions import CheckpointError
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -26,9 +29,31 @@ class RngLoaderMixin(Trainer):
         super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"The optimizer or scheduler of the checkpoint {checkpoint} cannot be loaded: {str(error).splitlines()[0]}. "
+                "Either a file is damaged, or the run that saved it trained other parameters or had another `optimizer`. "
+                "Resume from another one with `resume_from_checkpoint`, or choose another `output_dir`."
+            ) from error
         if checkpoint is not None:
+            self._check_optimizer(checkpoint)
             self.load_run_state(read_run_state(checkpoint))
+            if self.train_stream is not None:
+                self.train_stream.load(checkpoint)
+
+    def _check_optimizer(self, checkpoint: str) -> None:
+        """Refuse the state of another optimizer: torch takes it, and fails at the first step, or not at all."""
+        for group in [] if self.is_deepspeed_enabled else self.optimizer.param_groups:
+            lacks = sorted(set(self.optimizer.defaults) - set(group))
+            if lacks:
+                raise CheckpointError(
+                    f"The checkpoint {checkpoint} was saved with another optimizer than `optimizer: {self.args.optim.value}`: its "
+                    f"state has no {', '.join(lacks)}. Go on with the optimizer of that run, or choose another `output_dir`."
+                )
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint has to hold beyond the files of transformers, as JSON values."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from axolotl.core.trainers.causal_loss import (
     OutputHead,
@@ -18,10 +17,12 @@ from axolotl.core.trainers.causal_loss import (
     cross_entropy_of_logits,
     find_output_head,
     fused_loss,
+    is_causal_lm,
     mask_document_starts,
     probe_logit_formula,
     shift_labels,
 )
+from axolotl.core.trainers.utils import kept_random_state
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -37,9 +38,7 @@ class TokenLossMixin(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         base = self._base_causal_model()
-        self.is_causal_lm = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss and not getattr(
-            base.config, "is_encoder_decoder", False
-        )
+        self.is_causal_lm = is_causal_lm(base)
         self.owns_loss = self.is_causal_lm and self.label_smoother is None and self.compute_loss_func is None
         self._output_head: OutputHead | str | None = None
         if not self.args.fused_linear_loss:
@@ -192,9 +191,10 @@ class TokenLossMixin(Trainer):
         """`Trainer.evaluation_loop` with a loss that is the mean over the tokens of the whole set."""
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=_float64_device(self.args.device))
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with kept_random_state():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             sums = self._eval_sums
         finally:
             self._eval_sums = None

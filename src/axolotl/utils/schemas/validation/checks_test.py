@@ -71,7 +71,9 @@ REFUSED = [
     (datasets.deduplication_reads_all_rows, {"dataset_exact_deduplication": True, "streaming": True}, "not implemented for streaming", {"streaming": True}),
     (datasets.a_stream_has_no_known_end, {"streaming": True}, "max_steps must be set when using iterable pretraining_dataset", {"streaming": True, "max_steps": 5}),
     (datasets.a_stream_has_no_known_end, {"pretraining_dataset": [CHAT], "max_steps": 5, "val_set_size": 0.1}, "val_set_size", {"pretraining_dataset": [CHAT], "max_steps": 5}),
-    (datasets.a_stream_has_no_known_end, {"streaming": True, "max_steps": 5, "sample_packing": True, "datasets": [CHAT, CHAT]}, "several streamed datasets", {"streaming": True, "max_steps": 5, "sample_packing": True, "datasets": [CHAT]}),
+    (datasets.a_stream_has_no_known_end, {"streaming": True, "max_steps": 5, "rl": "dpo"}, "Only supervised fine-tuning", {"streaming": True, "max_steps": 5, "sample_packing": True, "datasets": [CHAT, CHAT]}),
+    (datasets.a_weight_belongs_to_rows_that_are_trained, {"test_datasets": [{**CHAT, "weight": 2}]}, "evaluated once", {"datasets": [{**CHAT, "weight": 2}]}),
+    (datasets.a_weight_belongs_to_rows_that_are_trained, {"datasets": [{**CHAT, "weight": 2}], "skip_prepare_dataset": True}, "rows that are prepared", {"datasets": [{**CHAT, "weight": 2}], "skip_prepare_dataset": True, "streaming": True}),
     (training.two_of_three_batch_sizes_are_known, {"batch_size": 8, "gradient_accumulation_steps": 4}, "please set only one of gradient_accumulation_steps or batch_size", {"gradient_accumulation_steps": 4}),
     (training.two_of_three_batch_sizes_are_known, {"batch_size": 8}, "At least two of", {"batch_size": 8, "micro_batch_size": 2}),
     (training.two_of_three_batch_sizes_are_known, {"batch_size": 8, "micro_batch_size": 3}, "no multiple", {"batch_size": 9, "micro_batch_size": 3}),
@@ -415,9 +417,7 @@ def test_an_npu_has_no_cuda_kernels(monkeypatch):
     assert len(error.value.problems) == 4
 
 
-def test_lora_kernels_are_on_for_plain_lora_only(monkeypatch):
-    monkeypatch.setattr(peft, "NO_EFFECT_YET", ())
-
+def test_lora_kernels_are_on_for_plain_lora_only():
     def kernels(**config) -> bool | None:
         cfg = DictDefault(config)
         peft.lora_kernels_are_on_where_they_work(cfg)
@@ -429,6 +429,7 @@ def test_lora_kernels_are_on_for_plain_lora_only(monkeypatch):
     assert kernels(**LORA, **H100, rl="dpo") is None
     assert kernels(**LORA, **H100, lora_o_kernel=False) is None
     assert kernels(**LORA, **BITS8, **H100) is None
+    assert kernels(**LORA, **H100, torch_compile=True) is None
     assert kernels(**LORA, **NO_GPU) is None
     assert kernels(**LORA) is None
 

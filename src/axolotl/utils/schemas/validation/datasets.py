@@ -161,7 +161,7 @@ def deduplication_reads_all_rows(cfg: DictDefault) -> None:
 
 def pretraining_data_should_say_that_it_streams(cfg: DictDefault) -> None:
     """`pretraining_dataset` streams; saying so keeps the config readable."""
-    if cfg.pretraining_dataset and cfg.streaming is None:
+    if cfg.pretraining_dataset and not cfg.streaming:
         LOG.warning("`pretraining_dataset` is streamed. Write `streaming: true` too; it will not always be implied.")
 
 
@@ -180,17 +180,14 @@ def a_stream_has_no_known_end(cfg: DictDefault) -> None:
             f"`val_set_size: {cfg.val_set_size}` cannot be used with a stream, whose rows are not known in advance. Write `val_set_size: 0` "
             "and `test_datasets:`."
         )
+    if cfg.rl or cfg.reward_model or cfg.process_reward_model:
+        problems.append(
+            "Only supervised fine-tuning and pretraining read a stream. Remove `streaming` and `pretraining_dataset`."
+        )
     if problems:
         raise ConfigError(problems)
     if cfg.group_by_length:
-        LOG.warning(
-            "You probably want to disable `group_by_length` as it will force a streamed dataset to download completely."
-        )
-    if cfg.sample_packing and len(cfg.pretraining_dataset or cfg.datasets or []) > 1:
-        raise NotBuiltError(
-            "`sample_packing: true` over several streamed datasets is not implemented. Stream one dataset, or read them in advance "
-            "(`streaming: false`)."
-        )
+        LOG.warning("`group_by_length: true` has no effect on a stream, whose lengths are not known in advance.")
     # Each rank reads its own part of the stream; accelerate must neither split one batch nor send the first rank's to all.
     accelerator_config = cfg.accelerator_config or DictDefault()
     for option in ("split_batches", "dispatch_batches"):
@@ -198,6 +195,21 @@ def a_stream_has_no_known_end(cfg: DictDefault) -> None:
             accelerator_config[option] = False
             note_choice(cfg, f"accelerator_config.{option}", False, "the data is streamed")
     cfg["accelerator_config"] = accelerator_config
+
+
+def a_weight_belongs_to_rows_that_are_trained(cfg: DictDefault) -> None:
+    """`weight` says how much a dataset is trained on: evaluation has no use for it, and rows that are not prepared cannot be counted."""
+    for dataset in datasets_of(cfg, "test_datasets"):
+        if dataset.weight is not None:
+            raise ConfigError(
+                f"`weight: {dataset.weight}` of the test dataset `{dataset.path}`: every row is evaluated once. Remove it."
+            )
+    weighted = [dataset for dataset in datasets_of(cfg, "datasets") if dataset.weight is not None]
+    if weighted and cfg.skip_prepare_dataset and not cfg.streaming:
+        raise ConfigError(
+            f"`weight: {weighted[0].weight}` of dataset `{weighted[0].path}` needs rows that are prepared. Remove it, or "
+            "`skip_prepare_dataset: true`."
+        )
 
 
 def preparation_uses_the_cpus_there_are(cfg: DictDefault) -> None:
@@ -252,6 +264,7 @@ CHECKS = (
     deduplication_reads_all_rows,
     pretraining_data_should_say_that_it_streams,
     a_stream_has_no_known_end,
+    a_weight_belongs_to_rows_that_are_trained,
     preparation_uses_the_cpus_there_are,
     batches_are_loaded_by_as_many_processes_as_pay_off,
 )

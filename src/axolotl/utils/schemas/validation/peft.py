@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from axolotl._not_built import NO_EFFECT_YET
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import AdapterCapabilities, PluginManager
 from axolotl.utils.dict import DictDefault
@@ -170,11 +169,11 @@ def lora_kernels_run_on_plain_lora(cfg: DictDefault) -> None:
 def lora_kernels_are_on_where_they_work(cfg: DictDefault) -> None:
     """Plain LoRA on one GPU, with DDP or FSDP2 uses the fused kernels unless they are written."""
     gpus = num_gpus(cfg)
-    if not is_lora(cfg) or not gpus or (NO_EFFECT_YET and set(LORA_KERNELS) <= set(NO_EFFECT_YET)):
+    if not is_lora(cfg) or not gpus:
         return
     if cfg.rl or cfg.trust_remote_code or cfg["nvfp4_merge_aware"] or any(cfg[key] is not None for key in LORA_KERNELS):
         return
-    if cfg.adapter == "lora" and cfg.load_in_8bit:
+    if (cfg.adapter == "lora" and cfg.load_in_8bit) or cfg.torch_compile:
         return
     if gpus > 1 and (cfg.deepspeed or fsdp_version(cfg) == 1):
         return

@@ -1,0 +1,256 @@
+"""LoRA and QLoRA of a Llama on one GPU: plain peft, with the LoRA kernels, and with decoder layers compiled.
+
+    python benchmarks/lora_8b.py                                  # LoRA 8B, 4096, with and without checkpointing
+    python benchmarks/lora_8b.py --adapter qlora
+    python benchmarks/lora_8b.py --shape 1b --variants plain kernels
+
+Random weights of the real shapes are made on the GPU, full-length random tokens, micro-batch 2, accumulation 4, rank 16, alpha
+32, all linear layers, bf16 autocast over fp32 adapters, fused AdamW. Each variant starts from the same adapter and reads the
+same tokens, so that its losses can be compared with those of `plain`. Writes `benchmarks/results/<device>-<adapter>-<shape>.json`.
+
+FLOP per token: 4N + attention (no weight gradients of the frozen base), with checkpointing 2N + a third of attention more;
+N counts the weights of all matmuls with the output head, attention = 6 * layers * heads * head size * length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from axolotl.kernels.cross_entropy import linear_cross_entropy
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, get_layers, remove_lora_kernel_patches
+from axolotl.utils.dict import DictDefault
+
+HERE = Path(__file__).resolve().parent
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 500000.0},
+}  # fmt: skip
+VARIANTS = ("plain", "kernels", "compile")
+KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
+DATASHEET_TFLOPS = 989.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def quantize_linears(model: nn.Module) -> None:
+    """Make every linear layer but the head NF4 with nested statistics, one by one."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        quantized = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        quantized.weight = weight.to(DEVICE)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, quantized)
+    model.is_loaded_in_4bit = True  # peft looks here
+
+
+def build_model(shape: str, adapter: str, attention: str) -> PeftModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(max_position_embeddings=8192, use_cache=False, **SHAPES[shape])
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    model.requires_grad_(False)
+    if adapter == "qlora":
+        quantize_linears(model)
+        gc.collect()
+    model.enable_input_require_grads()
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+
+
+def flop_per_token(model: PeftModel, length: int, checkpointing: bool) -> float:
+    config = model.get_base_model().config
+    head_size = config.hidden_size // config.num_attention_heads
+    per_layer = config.hidden_size * (
+        2 * config.hidden_size + 2 * config.num_key_value_heads * head_size + 3 * config.intermediate_size
+    )
+    weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
+    attention = 6 * config.num_hidden_layers * config.hidden_size * length
+    return (6 * weights + attention * 4 / 3) if checkpointing else (4 * weights + attention)
+
+
+def matmul_tflops(size: int = 8192, repeats: int = 30) -> float:
+    """What bf16 matmuls reach on this device, just now."""
+    if DEVICE == "cpu":
+        size, repeats = 512, 2
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def loss_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    base = model.get_base_model()
+    hidden = base.model(input_ids=ids).last_hidden_state
+    total = linear_cross_entropy(hidden[:, :-1], base.lm_head.weight, ids[:, 1:])
+    return total / ids[:, 1:].numel()
+
+
+def run_variant(model: PeftModel, variant: str, checkpointing: bool, args: argparse.Namespace, initial: dict) -> dict:
+    """Train a few steps. Returns speed, memory and losses."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(initial[name])
+                parameter.grad = None
+    layers = get_layers(model)
+    base = model.get_base_model()
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if "kernels" in variant:
+        cfg = DictDefault(KERNELS)
+        apply_lora_kernel_patches(model, cfg)
+        assert cfg.resolution is None, cfg.resolution
+    if "compile" in variant:
+        torch._dynamo.reset()
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=args.learning_rate,
+        weight_decay=0.0,
+        fused=DEVICE == "cuda",
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.accumulation, args.micro_batch_size, args.sequence_len)
+    seconds, losses = [], []
+    for _ in range(args.warmup + args.steps):
+        ids = torch.randint(0, base.config.vocab_size, shape, generator=generator).to(DEVICE)
+        synchronize()
+        start = time.perf_counter()
+        total = torch.zeros((), device=DEVICE)
+        for micro in ids:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = loss_of(model, micro) / args.accumulation
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(total.item())
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
+    remove_lora_kernel_patches(model)
+    if checkpointing:
+        base.gradient_checkpointing_disable()
+    step = statistics.median(seconds[args.warmup :])
+    tokens = args.accumulation * args.micro_batch_size * args.sequence_len
+    return {
+        "variant": variant,
+        "gradient_checkpointing": checkpointing,
+        "tokens_per_second": round(tokens / step, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE == "cuda" else None,
+        "tflops": round(tokens / step * flop_per_token(model, args.sequence_len, checkpointing) / 1e12, 1),
+        "first_step_seconds": round(seconds[0], 2),
+        "step_seconds": [round(value, 4) for value in seconds],
+        "losses": losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--adapter", choices=("lora", "qlora"), default="lora")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--sequence-len", type=int, default=4096)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
+    model = build_model(args.shape, args.adapter, args.attention)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    matmul = matmul_tflops()
+    rows: list[dict[str, Any]] = []
+    for checkpointing in {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]:
+        plain: list[float] | None = None
+        for variant in args.variants:
+            row = run_variant(model, variant, checkpointing, args, initial)
+            if variant == "plain":
+                plain = row["losses"]
+            row["of_datasheet"] = round(row["tflops"] / DATASHEET_TFLOPS, 3)
+            row["of_measured_matmul"] = round(row["tflops"] / matmul, 3)
+            row["loss_difference"] = (
+                max(abs(a - b) for a, b in zip(row["losses"], plain, strict=True)) if plain else None
+            )
+            rows.append(row)
+            print(
+                f"{args.adapter} {args.shape} checkpointing={checkpointing!s:5} {variant:16} "
+                f"{row['tokens_per_second']:>9} tok/s  {row['peak_gib']} GiB  {row['tflops']} TFLOP/s "
+                f"({row['of_datasheet']:.0%} of {DATASHEET_TFLOPS:.0f}, {row['of_measured_matmul']:.0%} of {matmul:.0f})  "
+                f"first step {row['first_step_seconds']} s  loss {row['losses'][0]:.4f} .. {row['losses'][-1]:.4f} "
+                f"(differs from plain by {row['loss_difference']})",
+                flush=True,
+            )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.strip(),
+        "device": name,
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        },
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "matmul_tflops": round(matmul, 1),
+        "rows": rows,
+    }
+    out = args.out or HERE / "results" / f"{name.replace(' ', '-').lower()}-{args.adapter}-{args.shape}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

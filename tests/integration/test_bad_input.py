@@ -1,0 +1,288 @@
+"""What a newcomer gets wrong, through the real command line: exit code 1, one message that names it, nothing lost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from axolotl.cli.main import run
+from axolotl.utils.tee import close_debug_log
+from tests.tiny import CHATML, make_tiny_base, make_tiny_model, make_tiny_tokenizer
+
+ALPACA = [{"instruction": f"Add {n} and 1.", "input": "", "output": str(n + 1)} for n in range(12)]
+CHAT = [
+    {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+    for n in range(12)
+]
+MAX_LINES = 60  # of output, with the config and the table of choices: what fits on a screen or two
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    make_tiny_base(folder / "base")
+    make_tiny_base(folder / "no_template", chat_template=None)
+    tokenizer = make_tiny_tokenizer(folder / "no_end", eos=None, pad=None, chat_template=CHATML)
+    make_tiny_model(folder / "no_end", vocab_size=len(tokenizer))
+    return folder
+
+
+class Desk:
+    """A working folder with a config and data, and a terminal."""
+
+    def __init__(self, folder: Path, bases: Path, capfd: Any):
+        self.folder, self.bases, self.capfd = folder, bases, capfd
+        self.cfg: dict[str, Any] = {
+            "base_model": str(bases / "base"),
+            "datasets": [{"path": "d.jsonl", "type": "alpaca"}],
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_linear": True,
+            "sequence_len": 128,
+            "micro_batch_size": 2,
+            "max_steps": 2,
+            "learning_rate": 0.001,
+            "optimizer": "adamw_torch",
+            "bf16": False,
+            "save_strategy": "no",
+            "output_dir": "./out",
+            "dataset_prepared_path": "./prepared",
+        }
+        self.write_rows(ALPACA)
+
+    def write_rows(self, rows: list[Any], name: str = "d.jsonl") -> None:
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def use_chat(self, rows: list[Any], **entry: Any) -> None:
+        self.write_rows(rows)
+        self.cfg["datasets"] = [{"path": "d.jsonl", "type": "chat_template", **entry}]
+
+    def run(self, *command: str) -> tuple[int, str]:
+        """(exit code, what was printed)."""
+        if isinstance(self.cfg, dict):
+            (self.folder / "c.yml").write_text(yaml.safe_dump(self.cfg, sort_keys=False))
+        self.capfd.readouterr()
+        try:
+            code = run(list(command or ("train", "c.yml")))
+        finally:
+            close_debug_log()
+        out, err = self.capfd.readouterr()
+        return code, out + err
+
+    def refuses(self, *words: str, command: tuple[str, ...] = ()) -> str:
+        """Run, and check that it ends with one error that holds `words`."""
+        code, said = self.run(*command)
+        assert code == 1, said
+        assert "Traceback" not in said
+        assert said.count("Error: ") == 1, said
+        assert len(said.splitlines()) < MAX_LINES, said
+        message = said.partition("Error: ")[2]
+        for word in words:
+            assert word in message
+        return message
+
+
+@pytest.fixture
+def desk(tmp_path, bases, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("AXOLOTL_DEBUG", raising=False)
+    before = dict(os.environ)
+    yield Desk(tmp_path, bases, capfd)
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def with_row(index: int, row: Any, rows: list[Any] = ALPACA) -> list[Any]:
+    rows = copy.deepcopy(rows)
+    rows[index] = row
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ("d.jsonl is empty",)),
+        ("\n \n\n", ("d.jsonl holds no rows",)),
+        ("[]", ("d.jsonl holds no rows",)),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "c", "outp', ("line 2 is not valid JSON", '"c"')),
+        (b'{"output": "caf\xe9"}\n', ("line 1 is not UTF-8 text", "Save the file as UTF-8")),
+        ("1\n2\n", ("line 1", "expected an object of fields")),
+        ("hello\n", ("line 1 is not valid JSON", "hello")),
+    ],
+)
+def test_files_that_are_no_rows(desk, content, words):
+    (desk.folder / "d.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    desk.refuses(*words)
+    assert not (desk.folder / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ALPACA, indent=1).encode(),
+        b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, ALPACA)).encode(),
+    ],
+)
+def test_odd_files_that_are_rows(desk, content):
+    (desk.folder / "d.jsonl").write_bytes(content)
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0, said
+    assert "12 rows" in said
+
+
+@pytest.mark.parametrize("index", [0, 6, 11])
+@pytest.mark.parametrize("value", [None, 5, {"a": 1}])
+def test_a_field_of_the_wrong_kind(desk, index, value):
+    desk.write_rows(with_row(index, {"instruction": "x", "input": "", "output": value}))
+    desk.refuses(f"Row {index} of `d.jsonl`", "`output`", "must be text")
+
+
+@pytest.mark.parametrize("index", [0, 6, 11])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": "hi"}, ("not JSON", "'hi'")),
+        ({"messages": {"role": "user", "content": "x"}}, ("Unknown messages format: a mapping",)),
+        ({"messages": None}, ("Messages is null",)),
+        ({"messages": []}, ("holds no message",)),
+        ({"messages": [{"content": "x"}]}, ("no `role`",)),
+        ({"messages": [{"role": 3, "content": "x"}]}, ("role of a message is a number",)),
+        ({"messages": [{"role": "user", "content": 7}]}, ("message 0 (`user`) has a number",)),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]},
+            ("message 1 (`assistant`) has null",),
+        ),
+    ],
+)
+def test_messages_of_the_wrong_kind(desk, index, row, words):
+    desk.use_chat(with_row(index, row, CHAT))
+    desk.refuses(f"Row {index} of `d.jsonl`", *words)
+
+
+def test_rows_that_are_one_message_each_are_not_one_conversation(desk):
+    desk.use_chat([{"messages": {"role": "user", "content": "x"}}] * 3)
+    desk.refuses("Row 0 of `d.jsonl`", "Unknown messages format: a mapping")
+
+
+def test_an_unknown_role_is_said_once(desk):
+    rows = [{"messages": [{"role": "usr", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 4
+    desk.use_chat(rows)
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0
+    assert said.count("the role `usr`") == 1
+
+
+def _no_template(desk: Desk) -> None:
+    desk.cfg["base_model"] = str(desk.bases / "no_template")
+    desk.use_chat(CHAT)
+
+
+def _broken_jinja(desk: Desk) -> None:
+    desk.use_chat(CHAT)
+    desk.cfg |= {"chat_template": "jinja", "chat_template_jinja": "{% for m in messages %}\n{{ m"}
+
+
+def _cut_weights(desk: Desk) -> None:
+    shutil.copytree(desk.bases / "base", desk.folder / "m")
+    os.truncate(desk.folder / "m/model.safetensors", 1000)
+    desk.cfg["base_model"] = "m"
+
+
+def _no_tokenizer(desk: Desk) -> None:
+    shutil.copytree(desk.bases / "base", desk.folder / "m")
+    for file in (desk.folder / "m").glob("token*"):
+        file.unlink()
+    desk.cfg["base_model"] = "m"
+
+
+def _a_file_for_output(desk: Desk) -> None:
+    (desk.folder / "f").write_text("mine")
+    desk.cfg["output_dir"] = "f/out"
+
+
+def _a_file_for_the_cache(desk: Desk) -> None:
+    (desk.folder / "f").write_text("mine")
+    desk.cfg["dataset_prepared_path"] = "f"
+
+
+def _set(**changes: Any) -> Callable[[Desk], None]:
+    return lambda desk: desk.cfg.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (_set(base_model="./nope"), ("`base_model: ./nope` does not exist",)),
+        (_set(datasets=[{"path": "nope.jsonl", "type": "alpaca"}]), ("`path: nope.jsonl` does not exist",)),
+        (_set(datasets=[{"path": "d.jsonl", "type": "alpca"}]), ("`type: alpca`", "Did you mean `alpaca`")),
+        (_set(datasets=[{"path": "d.jsonl"}]), ("has no `type`", "instruction")),
+        (_set(chat_template="chatmll"), ("`chat_template: chatmll`", "`chatml`")),
+        (_no_template, ("tokenizer's chat_template is null", "chat_template: chatml")),
+        (_broken_jinja, ("`chat_template_jinja` is not a valid jinja template", "Line 2")),
+        (_cut_weights, ("`base_model: m`", "damaged or cut short")),
+        (_no_tokenizer, ("`base_model: m` holds no tokenizer", "tokenizer.json")),
+        (_a_file_for_output, ("`output_dir: f/out` cannot be written", "f is a file")),
+        (_a_file_for_the_cache, ("`dataset_prepared_path: f` cannot be written",)),
+        (_set(sequence_len=8), ("no row is left to train on", "12 longer than `sequence_len: 8`")),
+        (_set(val_set_size=100), ("`val_set_size: 100", "only 12")),
+        (_set(lora_target_linear=False, lora_target_modules=["qproj"]), ("matches nothing", "Did you mean q_proj")),
+        (_set(lora_model_dir="nope"), ("`lora_model_dir: nope`", "adapter_config.json")),
+        (_set(resume_from_checkpoint="out/checkpoint-9"), ("`resume_from_checkpoint: out/checkpoint-9`", "none")),
+        (_set(learning_rate=1e30), ("The loss of step 2 is nan", "lower `learning_rate`")),
+        (
+            _set(sample_paking=True, lora_r="x", micro_batch_size=None, bf16="perhaps"),
+            ("`sample_packing`", "`lora_r: x`"),
+        ),
+    ],
+)
+def test_configs_that_cannot_be_trained(desk, prepare, words):
+    prepare(desk)
+    desk.refuses(*words)
+    assert not (desk.folder / "out/adapter_model.safetensors").exists()
+    if (desk.folder / "f").exists():
+        assert (desk.folder / "f").read_text() == "mine"
+
+
+def test_a_tokenizer_with_neither_padding_nor_end(desk):
+    desk.cfg["base_model"] = str(desk.bases / "no_end")
+    desk.refuses("pad")
+
+
+def test_commands_before_training(desk):
+    desk.refuses("Train first", "--lora-model-dir", command=("merge-lora", "c.yml"))
+    code, said = desk.run("evaluate", "c.yml")
+    assert code == 0
+    assert "has no trained adapter" in said
+
+
+def test_the_traceback_is_there_for_those_who_ask(desk, monkeypatch):
+    monkeypatch.setenv("AXOLOTL_DEBUG", "1")
+    (desk.folder / "d.jsonl").write_text("")
+    code, said = desk.run()
+    assert code == 1
+    assert "Traceback" in said
+    assert "d.jsonl is empty" in said
+
+
+def test_a_normal_run_says_nothing_that_a_library_muttered(desk):
+    desk.run("preprocess", "c.yml")  # writes the config file
+    # A process of its own: libraries mutter while they are imported.
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", "c.yml"]
+    done = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    for noise in ("Failed to load", "FutureWarning", "it/s]", "examples/s]", "_pytree"):
+        assert noise not in said
+    assert len(said.splitlines()) < MAX_LINES, said

@@ -1,0 +1,193 @@
+"""Runs over a stream, through the command line: packed and unpacked, killed and resumed, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from axolotl.core.checkpoint import list_checkpoints
+from axolotl.utils.data.streaming import wrap_streaming_dataset
+from axolotl.utils.dict import DictDefault
+from tests.integration.training_runs import make_trainer, steps_of, weights_of
+from tests.tiny import CHATML, make_tiny_llama, make_tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FORMS = {
+    "pretraining": {
+        "pretraining_dataset": [
+            {"path": "texts.jsonl", "type": "pretrain", "text_column": "body", "weight": 2},
+            {"path": "more.jsonl", "type": "completion"},
+        ]
+    },
+    "chat": {"streaming": True, "datasets": [{"path": "chats.jsonl", "type": "chat_template"}]},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    make_tiny_tokenizer(folder / "model", chat_template=CHATML)
+    make_tiny_llama(folder / "model")
+    write(folder / "texts.jsonl", [{"body": f"text {i} " * (1 + i % 30)} for i in range(90)])
+    write(folder / "more.jsonl", [{"text": f"more {i} " * (1 + i % 11)} for i in range(40)])
+    chats = [
+        [{"role": "user", "content": f"How much is {i}?"}, {"role": "assistant", "content": f"{i} " * (1 + i % 9)}]
+        for i in range(70)
+    ]
+    write(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
+    return folder
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(folder: Path, name: str, form: str, **keys) -> Path:
+    cfg = {
+        "base_model": "model",
+        "output_dir": name,
+        "sequence_len": 64,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "save_steps": 1,
+        "save_total_limit": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "optimizer": "adamw_torch",
+        "streaming_multipack_buffer_size": 20,
+        "auto_resume_from_checkpoints": True,
+        "bf16": False,
+        "attention_dropout": None,
+        **FORMS[form],
+        **keys,
+    }
+    path = folder / f"{name}.yml"
+    path.write_text(yaml.safe_dump({key: value for key, value in cfg.items() if value is not None}))
+    return path
+
+
+def start(folder: Path, path: Path, *launcher: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, "-m", "axolotl.cli.train", str(path)]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(folder: Path, path: Path, *launcher: str) -> str:
+    process = start(folder, path, *launcher)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def result(folder: Path, name: str) -> tuple[list, dict]:
+    history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    steps = [[entry["step"], entry["epoch"], entry["loss"], entry["grad_norm"]] for entry in history if "loss" in entry]
+    return steps, {key: value.tolist() for key, value in load_file(folder / name / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resuming_a_stream_continues_bit_for_bit(tmp_path, packed, num_workers):
+    def make(folder):
+        trainer = make_trainer(
+            folder,
+            packed=packed,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            ignore_data_skip=True,
+            dataloader_num_workers=num_workers,
+            model_config={"attention_dropout": 0.2},
+        )
+        cfg = DictDefault(
+            sequence_len=64, micro_batch_size=2, sample_packing=packed, seed=1, streaming_multipack_buffer_size=9
+        )
+        cfg.pretraining_dataset = [{"type": "pretrain"}]
+        texts = Dataset.from_list([{"text": f"text {i} " * (1 + i % 30)} for i in range(25)])
+        trainer.train_dataset = wrap_streaming_dataset(texts, trainer.processing_class, cfg)
+        return trainer
+
+    whole = make(tmp_path)
+    whole.train()
+    assert whole.state.global_step == 6
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert steps_of(resumed) == steps_of(whole)
+    assert resumed.num_tokens_seen == whole.num_tokens_seen
+    for (name, ours), theirs in zip(weights_of(resumed).items(), weights_of(whole).values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form, keys",
+    [
+        ("pretraining", {"sample_packing": True}),
+        ("chat", {"dataloader_num_workers": 2}),
+        ("chat", {"sample_packing": True, "multipack_real_batches": True}),
+        ("pretraining", {"pretraining_sample_concatenation": True}),
+    ],
+    ids=["packed", "workers", "rows", "joined"],
+)
+def test_killed_run_goes_on_as_if_it_had_not_been(folder, request, form, keys):
+    name = request.node.callspec.id
+    run(folder, config(folder, f"{name}-whole", form, **keys))
+    path = config(folder, f"{name}-killed", form, **keys)
+    process = start(folder, path)
+    deadline = time.monotonic() + 240
+    while not list_checkpoints(folder / f"{name}-killed"):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    last = list_checkpoints(folder / f"{name}-killed")[-1]
+    assert int(last.name.rpartition("-")[2]) < 8
+    run(folder, path)
+    assert result(folder, f"{name}-killed") == result(folder, f"{name}-whole")
+
+
+@pytest.mark.slow
+def test_packed_stream_has_the_loss_of_an_unpacked_one(folder):
+    """One block that is one step, whichever way its rows are laid out."""
+    common = {"max_steps": 2, "streaming_multipack_buffer_size": 8, "sequence_len": 256, "save_steps": 2}
+    run(folder, config(folder, "apart", "chat", micro_batch_size=8, gradient_accumulation_steps=1, **common))
+    # Eight rows of this data fit into one row of 512.
+    packed = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "sample_packing": True, "flash_attention": True}
+    run(folder, config(folder, "together", "chat", **packed, **common))
+    ours, theirs = result(folder, "together")[0], result(folder, "apart")[0]
+    assert [entry[2] for entry in ours] == pytest.approx([entry[2] for entry in theirs], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_read_different_rows_and_resume(folder):
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        number = port.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={number}")
+    keys = {"sample_packing": True, "ddp_backend": None, "max_steps": 4}
+    run(folder, config(folder, "two-whole", "pretraining", **keys), *launcher)
+    whole = result(folder, "two-whole")
+    states = [json.loads((folder / f"two-whole/checkpoint-4/stream_state_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [state["rank"] for state in states] == [0, 1]
+    # What a run that was killed after step 2 leaves.
+    for left in (3, 4):
+        subprocess.run(["rm", "-r", str(folder / f"two-whole/checkpoint-{left}")], check=True)
+    run(folder, config(folder, "two-whole", "pretraining", **keys), *launcher)
+    assert result(folder, "two-whole") == whole
