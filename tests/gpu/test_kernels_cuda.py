@@ -16,7 +16,7 @@ from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_back
 from axolotl.kernels.lora import LoRA_MLP, LoRA_O, LoRA_QKV
 from axolotl.kernels.quantize import dequantize
 from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
-from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, get_layers
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
