@@ -23,6 +23,7 @@ def test_both_streams_and_logging_are_copied_without_colours(tmp_path, capsys):
     handler = logging.StreamHandler(sys.stderr)
     logger = logging.getLogger("tee_test")
     logger.addHandler(handler)
+    logger.propagate = False
     before = (sys.stdout, sys.stderr)
     path = prepare_debug_log(DictDefault(output_dir=str(tmp_path / "out")))
     print("\033[32mto out\033[0m")

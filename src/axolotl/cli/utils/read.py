@@ -34,7 +34,7 @@ def parse_config(content: bytes, source: str) -> dict[str, Any]:
         source: what errors call it, such as its path.
 
     Raises:
-        ConfigError: not text, not YAML or JSON, a key written twice, or not a mapping with text keys.
+        ConfigError: not text, not YAML or JSON, a key written twice in JSON, or not a mapping with text keys.
     """
     text = decode_text(content, source)
     data = parse_mapping_text(text, source)
@@ -99,8 +99,8 @@ def _parse_json(text: str, source: str) -> Any:
         ) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, with an error for a key written twice: YAML would silently keep the last one."""
+class _DuplicateKeyLoader(yaml.SafeLoader):
+    """The safe loader, with a warning for a key written twice, of which YAML keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -109,9 +109,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             key, line = key_node.value, key_node.start_mark.line
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key `{key}` is written twice: on line {seen[key] + 1} and again on line {line + 1}. Keep one",
-                    problem_mark=key_node.start_mark,
+                LOG.warning(
+                    f"The key `{key}` is written twice: on line {seen[key] + 1} and again on line {line + 1}. "
+                    "The last one counts; remove the other."
                 )
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
@@ -120,7 +120,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def parse_yaml(text: str, source: str) -> Any:
     """What a YAML text holds; `None` when it is empty."""
     try:
-        loaded = yaml.load(text, _UniqueKeyLoader)
+        loaded = yaml.load(text, _DuplicateKeyLoader)
         _check_expanded_size(loaded, source)
         return loaded
     except yaml.MarkedYAMLError as error:

@@ -30,11 +30,16 @@ def test_merge_keys_are_not_duplicates():
     assert parse_config(text, "c.yml")["other"] == {"x": 3, "y": 2}
 
 
-def test_a_key_written_twice_names_both_lines():
-    message = refusal("base_model: a\nseed: 1\nbase_model: b\n")
-    assert "`base_model` is written twice: on line 1 and again on line 3" in message
-    assert "line 3: base_model: b\n          ^" in message
-    assert "twice" in refusal("trl:\n  beta: 1\n  beta: 2\n")
+def test_a_key_written_twice_names_both_lines_and_the_last_counts(monkeypatch):
+    said = []
+    monkeypatch.setattr("axolotl.cli.utils.read.LOG.warning", said.append)
+    assert parse_config(b"base_model: a\nseed: 1\nbase_model: b\ntrl:\n  beta: 1\n  beta: 2\n", "c.yml") == {
+        "base_model": "b",
+        "seed": 1,
+        "trl": {"beta": 2},
+    }
+    assert "`base_model` is written twice: on line 1 and again on line 3" in said[0]
+    assert "`beta` is written twice" in said[1]
     assert "`a` is written twice" in refusal('{"a": 1, "a": 2}', "c.json")
 
 

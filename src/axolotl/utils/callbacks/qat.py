@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchao.quantization.qat.embedding import FakeQuantizedEmbedding
-from torchao.quantization.qat.linear import FakeQuantizedLinear
 from transformers import TrainerCallback
 
 from axolotl.utils.logging import get_logger
@@ -22,12 +20,10 @@ def toggle_fake_quant(mod: nn.Module, enable: bool) -> None:
         mod: a module; other kinds of modules are left alone, so that `model.apply` can be used.
         enable: on or off.
     """
-    if not isinstance(mod, FakeQuantizedLinear | FakeQuantizedEmbedding):
+    # Only a model that torchao prepared has such layers, so torchao is there by then.
+    if type(mod).__name__ not in ("FakeQuantizedLinear", "FakeQuantizedEmbedding"):
         return
-    quantizers = [mod.weight_fake_quantizer]
-    if isinstance(mod, FakeQuantizedLinear):
-        quantizers.append(mod.activation_fake_quantizer)
-    for quantizer in quantizers:
+    for quantizer in (mod.weight_fake_quantizer, getattr(mod, "activation_fake_quantizer", None)):
         if quantizer is not None:
             quantizer.enabled = enable
 

@@ -7,7 +7,7 @@ import re
 from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from axolotl.utils.schemas.validation.common import fill, torch_is_older_than
+from axolotl.utils.schemas.validation.common import fill, num_gpus, torch_is_older_than
 
 LOG = get_logger(__name__)
 
@@ -54,7 +54,9 @@ def images_are_resized_by_a_known_algorithm(cfg: DictDefault) -> None:
 
 
 def compile_auto_follows_the_torch_version(cfg: DictDefault) -> None:
-    """`torch_compile: auto` compiles from torch 2.5.1 on."""
+    """`torch_compile: auto` compiles from torch 2.5.1 on, where there is a GPU: on a CPU compiling takes longer than it saves."""
+    if cfg.torch_compile == "auto" and num_gpus(cfg) == 0:
+        fill(cfg, "torch_compile", False, "no GPU")
     if cfg.torch_compile == "auto":
         old = torch_is_older_than(cfg, "2.5.1")
         fill(cfg, "torch_compile", not old, "torch is older than 2.5.1" if old else "torch is 2.5.1 or newer")
