@@ -152,7 +152,7 @@ def build_blank_model(cfg: DictDefault, config: PretrainedConfig) -> tuple[PreTr
     with torch.device("meta"):
         build = getattr(loader, "from_config", None)
         kwargs = {"trust_remote_code": bool(cfg.trust_remote_code)}
-        model = build(config, **kwargs) if build else (model_class or transformers.AutoModelForCausalLM)(config)
+        model: Any = build(config, **kwargs) if build else (model_class or transformers.AutoModelForCausalLM)(config)
     if cfg.adapter in LORA_ADAPTERS:
         # peft changes the model in place; the plain one is built a second time, which costs nothing here
         with torch.device("meta"):

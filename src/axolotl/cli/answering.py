@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -140,12 +140,13 @@ def _chat_format(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, dataset: 
     template_kwargs = dict(cfg.chat_template_kwargs or {})
 
     def render(messages: list[Message], **kwargs: Any) -> str:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages,
             chat_template=template,
             tokenize=False,
             **({"add_generation_prompt": True} | template_kwargs | kwargs),
         )
+        return cast("str", text)  # what one conversation gives with `tokenize=False`
 
     def encode(messages: list[Message], **kwargs: Any) -> list[int]:
         return tokenizer(render(messages, **kwargs), add_special_tokens=False)["input_ids"]

@@ -145,7 +145,7 @@ class ChatSession:
     # commands
 
     def help(self, _: str) -> None:
-        for name, (_, text) in COMMANDS.items():
+        for name, (_method, text) in COMMANDS.items():
             self.show(f"  /{name:<10} {text}\n")
 
     def new(self, _: str) -> None:

@@ -101,12 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
                 if logit_scale != 1.0:
                     grad_CV.mul_(logit_scale)
-                if need_bias:
+                if grad_bias is not None:
                     grad_bias += grad_CV.sum(0)
                 grad_CV = grad_CV.to(dtype)
-                if need_hidden:
+                if grad_hidden is not None:
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
-                if need_weight:
+                if grad_weight is not None:
                     grad_weight += (grad_CV.T @ x_CH).float()
         ctx.grads = (
             grad_hidden,

@@ -44,15 +44,16 @@ def get_lora_parameters(proj: nn.Module) -> Parameters:
         `(W, b, quant_state, A, B, s)`: W (O, H) or packed 4-bit, b (O,) or None, quant_state of W or None, A (r, H), B (O, r)
         and the factor of the adapter. A, B and s are None when there is no adapter, or it is switched off or merged into W.
     """
-    base = proj.base_layer if hasattr(proj, "base_layer") else proj
+    layer: Any = proj  # the attributes of a layer of peft are not those that `nn.Module` declares
+    base = layer.base_layer if hasattr(layer, "base_layer") else layer
     weight, bias = base.weight, base.bias
     quant_state = getattr(weight, "quant_state", None)
-    if not hasattr(proj, "lora_A") or proj.disable_adapters or proj.merged:
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
         return weight, bias, quant_state, None, None, None
-    active = proj.active_adapters[0] if hasattr(proj, "active_adapters") else proj.active_adapter
-    if active not in proj.lora_A:
+    active = layer.active_adapters[0] if hasattr(layer, "active_adapters") else layer.active_adapter
+    if active not in layer.lora_A:
         return weight, bias, quant_state, None, None, None
-    return weight, bias, quant_state, proj.lora_A[active].weight, proj.lora_B[active].weight, proj.scaling[active]
+    return weight, bias, quant_state, layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active]
 
 
 def matmul_lora(
@@ -85,6 +86,7 @@ def matmul_lora(
     w_HO = dequantize(W.t(), W_quant).to(dtype)
     y_NO = torch.matmul(x_NH, w_HO, out=out)
     if A is not None:
+        assert B is not None and s is not None
         low_Nr = x_NH @ A.t().to(dtype)
         y_NO = torch.addmm(y_NO, low_Nr, (s * B.t()).to(dtype), out=out)
     if b is not None:
@@ -135,6 +137,7 @@ class _Plan(NamedTuple):
 def _read_plan(p: _Projection) -> _Plan:
     if p.A is None:
         return _Plan(p.quant, 0, 1.0, None, None)
+    assert p.B is not None and p.scale is not None
     return _Plan(p.quant, p.A.shape[0], p.scale, p.A.dtype, p.B.dtype)
 
 
@@ -172,6 +175,7 @@ def _project(x_NH: torch.Tensor, projections: list[_Projection]) -> tuple[list[t
     for p in projections:
         y_NO = F.linear(x_NH, _dense(p.weight, p.quant, dtype), None if p.bias is None else p.bias.to(dtype))
         if p.A is not None:
+            assert p.B is not None and p.scale is not None and low_NR is not None
             rank = p.A.shape[0]
             scaled = (p.B * p.scale).to(dtype)
             y_NO.addmm_(low_NR[:, start : start + rank], scaled.t())
@@ -192,6 +196,7 @@ def _project_backward(
         if not plan.rank:
             grads_B.append(None)
             continue
+        assert kept.low_NR is not None
         grads_low.append(grad_NO @ next(adapters))
         low_Nr = kept.low_NR[:, start : start + plan.rank]
         grads_B.append((grad_NO.t() @ low_Nr).to(plan.dtype_B) * plan.scale)
@@ -286,7 +291,7 @@ class LoRA_QKV(torch.autograd.Function):
         inplace: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """X (..., H) to Q, K, V (..., O). Weights and biases are frozen. `inplace` is accepted and changes nothing: X belongs to the caller, who may have kept it for other layers."""
-        return _forward_group(
+        q_out, k_out, v_out = _forward_group(
             ctx,
             X,
             [
@@ -295,6 +300,7 @@ class LoRA_QKV(torch.autograd.Function):
                 _Projection(v_weight, v_bias, v_quant, v_A, v_B, v_scale),
             ],
         )
+        return q_out, k_out, v_out
 
     @staticmethod
     @once_differentiable
@@ -395,6 +401,7 @@ class LoRA_MLP(torch.autograd.Function):
             grad_low_Nr = grad_B = grad_A = None
             (plan,) = ctx.last
             if plan.rank:
+                assert last.low_NR is not None
                 grad_low_Nr = grad_NO @ last.b_Or[0]
                 grad_B = (grad_NO.t() @ last.low_NR).to(plan.dtype_B) * plan.scale
             grad_h_NI = grad_NO @ _dense(last.weights[0], plan.quant, x_NH.dtype, grad_NO)
@@ -459,26 +466,27 @@ def why_not_fused(proj: nn.Module) -> str | None:
 
     Asked at every forward, because adapters, training mode, hooks and frozen weights can change at any time.
     """
-    base = proj.base_layer if hasattr(proj, "base_layer") else proj
-    if proj._forward_hooks or proj._forward_pre_hooks or proj._backward_hooks or proj._backward_pre_hooks:
+    layer: Any = proj  # see `get_lora_parameters`
+    base = layer.base_layer if hasattr(layer, "base_layer") else layer
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "hooks watch the layer"
     weight, bias = base.weight, base.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "its base weight or bias is trained too"
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return "its weight is in a layout for inference"
-    if not hasattr(proj, "lora_A") or proj.disable_adapters or proj.merged:
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
         return None
-    active = [name for name in proj.active_adapters if name in proj.lora_A]
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1:
         return None if not active else "several adapters are active"
     name = active[0]
-    if name in proj.lora_variant:
-        return f"its adapter is a {type(proj.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
-    if proj.lora_bias.get(name):
+    if name in layer.lora_variant:
+        return f"its adapter is a {type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
+    if layer.lora_bias.get(name):
         return "its adapter has a bias"
-    dropout = proj.lora_dropout[name]
-    if proj.training and getattr(dropout, "p", 0.0) > 0.0:
+    dropout = layer.lora_dropout[name]
+    if layer.training and getattr(dropout, "p", 0.0) > 0.0:
         return "its adapter has dropout, which each projection draws by itself"
     return None
 
@@ -527,16 +535,24 @@ def apply_lora_o(self: nn.Module, X: torch.Tensor) -> torch.Tensor:
 
 def apply_lora_embedding(self: nn.Module, X: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Forward of an embedding of peft; X are ids. `self._original_forward` runs what this function does not compute."""
-    fused = not args and not kwargs and not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
-    name = self.active_adapters[0] if self.active_adapters else ""
+    layer: Any = self  # see `get_lora_parameters`
+    fused = (
+        not args and not kwargs and not layer.disable_adapters and not layer.merged and len(layer.active_adapters) == 1
+    )
+    name = layer.active_adapters[0] if layer.active_adapters else ""
     if (
         not fused
-        or name not in self.lora_embedding_A
-        or name in self.lora_variant
-        or self.base_layer.weight.requires_grad
+        or name not in layer.lora_embedding_A
+        or name in layer.lora_variant
+        or layer.base_layer.weight.requires_grad
     ):
-        return self._original_forward(X, *args, **kwargs)
-    base = self.base_layer
+        return layer._original_forward(X, *args, **kwargs)
+    base = layer.base_layer
     return LoRA_Embedding.apply(
-        X, base.weight, self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name], base.padding_idx
+        X,
+        base.weight,
+        layer.lora_embedding_A[name],
+        layer.lora_embedding_B[name],
+        layer.scaling[name],
+        base.padding_idx,
     )

@@ -109,6 +109,7 @@ def _launch(packed: torch.Tensor, out: torch.Tensor, code: torch.Tensor, state: 
 def _dequantize_torch(packed: torch.Tensor, code: torch.Tensor, state: _State, num_out: int) -> torch.Tensor:
     absmax = state.absmax.reshape(-1)
     if state.absmax2 is not None:
+        assert state.code2 is not None and state.offset is not None
         outer = state.absmax2.reshape(-1).float().repeat_interleave(state.blocksize2)[: absmax.numel()]
         absmax = state.code2.reshape(-1).float()[absmax.long()] * outer + state.offset
     halves = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)[:num_out].long()

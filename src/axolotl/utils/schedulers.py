@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -53,7 +54,7 @@ class RexLR(LRScheduler):
             group.setdefault("initial_lr", group["lr"])
         super().__init__(optimizer, last_step - 1)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         step = max(self.last_epoch, 0)
         if step < self.num_warmup_steps:
             lr = self.max_lr * step / self.num_warmup_steps
@@ -82,7 +83,7 @@ class InterpolatingLogScheduler(LRScheduler):
         self.q = (max_lr / min_lr) ** (1 / max(num_steps - 1, 1))
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         if self.last_epoch < self.num_steps - 1:
             lr = self.min_lr * self.q ** max(self.last_epoch, 0)
         else:
@@ -122,7 +123,7 @@ class JaggedLRRestartScheduler(LRScheduler):
         # The first step of the base class counts up by one.
         super().__init__(optimizer, inner_schedule.last_epoch - 1)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         step = self.last_epoch
         self.inner_schedule.last_epoch = step
         with warnings.catch_warnings():

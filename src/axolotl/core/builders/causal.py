@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import Trainer
+
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
@@ -26,7 +28,7 @@ OTHER_LOSSES = (
 class HFCausalTrainerBuilder(TrainerBuilderBase):
     """Builds the trainer of causal language models."""
 
-    def build(self, total_num_steps: int | None) -> AxolotlTrainer:
+    def build(self, total_num_steps: int | None) -> Trainer:
         """The trainer, with callbacks and collators.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 
@@ -29,9 +29,10 @@ class BinDataset:
 
     def __getitems__(self, batch: Sequence[int] | Sequence[Sequence[int]]) -> list[Any]:
         if not any(isinstance(bin_, (list, tuple)) for bin_ in batch):
-            return self._rows(batch)
-        rows = iter(self._rows([row for bin_ in batch for row in bin_]))
-        return [[next(rows) for _ in bin_] for bin_ in batch]
+            return self._rows(cast("Sequence[int]", batch))
+        bins = cast("Sequence[Sequence[int]]", batch)
+        rows = iter(self._rows([row for bin_ in bins for row in bin_]))
+        return [[next(rows) for _ in bin_] for bin_ in bins]
 
     def _rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         if not numbers:

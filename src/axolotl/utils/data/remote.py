@@ -39,7 +39,7 @@ def open_url(
     split: str,
     common: dict[str, Any],
     reader_of: Callable[[str], tuple[str, dict[str, Any]] | None],
-) -> Dataset | DatasetDict | IterableDataset:
+) -> Dataset | IterableDataset:
     """Open a file, or a folder saved with `save_to_disk`, behind an URL.
 
     Args:

@@ -137,7 +137,7 @@ def _open_folder(folder: Path, config: DictDefault, split: str, common: dict[str
         opened = take_split(load_from_disk(str(folder)), split, str(folder))
         return opened.to_iterable_dataset() if common["streaming"] else opened
     files = sorted(file for file in folder.iterdir() if file.is_file() and reader_of(file.name) is not None)
-    kinds = {reader_of(file.name)[0] for file in files}
+    kinds = {reader[0] for file in files if (reader := reader_of(file.name)) is not None}
     has_card = (folder / "README.md").exists()
     if config.name or has_card or any(entry.is_dir() for entry in folder.iterdir()) or not files:
         return load_dataset(str(folder), name=config.name, **common)

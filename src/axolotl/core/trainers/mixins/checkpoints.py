@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -89,5 +89,7 @@ class CheckpointSaveMixin(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
+        # transformers annotates the list that callers may pass; the state makes a dict of it.
+        kept = cast("dict[str, Any]", self.state.stateful_callbacks)
         for name, found in states.items():
-            self.state.stateful_callbacks[name] = found[0] if len(found) == 1 else found
+            kept[name] = found[0] if len(found) == 1 else found

@@ -104,6 +104,7 @@ class PackingMixin(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
+            assert self.eval_dataset is not None
             dataset = self.eval_dataset[dataset]
         packed = self.args.sample_packing if self.args.eval_sample_packing is None else self.args.eval_sample_packing
         if not packed or dataset is None or isinstance(dataset, IterableDataset):

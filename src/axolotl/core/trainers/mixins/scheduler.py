@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import Trainer
@@ -29,7 +31,8 @@ class SchedulerMixin(Trainer):
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         args = self.args
-        optimizer = self.optimizer if optimizer is None else optimizer
+        # Set up by now; the annotation of transformers also names None and the stand-in of accelerate for DeepSpeed.
+        optimizer = cast("torch.optim.Optimizer", self.optimizer if optimizer is None else optimizer)
         warmup = args.get_warmup_steps(num_training_steps)
         is_cosine = str(args.lr_scheduler_type) in ("cosine", "SchedulerType.COSINE")
 

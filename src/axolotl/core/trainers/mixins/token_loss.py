@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -88,7 +88,7 @@ class TokenLossMixin(Trainer):
             sums[1] += count_tokens(batch, self._pad_token_id).to(device)
         sums[2] = int(self.stop_requested)
         if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
+            sums = cast("torch.Tensor", self.accelerator.reduce(sums, reduction="sum"))
             # Ranks of a tensor- or context-parallel group hold the same batch.
             sums[:2] //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         self._step_sums = sums
@@ -199,9 +199,10 @@ class TokenLossMixin(Trainer):
         finally:
             self._eval_sums = None
         if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+            sums = cast("torch.Tensor", self.accelerator.reduce(sums.to(self.args.device), reduction="sum"))
         total, count = sums.tolist()
         if count:
+            assert output.metrics is not None
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
