@@ -3,7 +3,8 @@
 In: hidden states before the head, the head's weight, labels. Out: the sum of the token losses. Rows whose label is
 `ignore_index` are dropped before the matmul; the rest go through the head a few rows at a time, and the gradient of a
 chunk is taken while its logits are at hand, so that no more than `chunk_elements` logits ever exist. Follows the fused
-linear cross-entropy of Liger-Kernel (https://arxiv.org/abs/2410.10989), in plain PyTorch: it runs on every device.
+linear cross-entropy of Liger-Kernel (https://arxiv.org/abs/2410.10989). The matmuls are PyTorch's; on CUDA one Triton kernel
+reads the logits of a row twice and writes their gradient over them, elsewhere PyTorch does it in fp32.
 
 Shape legend: B batch, T time, N rows (B*T), S supervised rows, C rows of a chunk, H hidden, V vocabulary.
 """
@@ -14,8 +15,96 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from axolotl.kernels.utils import jit, runs_triton, tl
+
 CHUNK_ELEMENTS = 2**26
 """Logits alive at once: 2**26 fp32 values are 256 MiB, enough rows to keep a GPU's matmul busy."""
+
+_ROW_MULTIPLE = 128
+"""A matmul works on blocks of so many rows; chunks of fewer leave part of a GPU idle."""
+_BLOCK_V = 4096
+
+
+@jit
+def _capped(z, scale, softcap, CAPPED: tl.constexpr):
+    """fp32 logits after scale and softcap, and their derivative by z."""
+    z = z.to(tl.float32) * scale
+    slope = scale + z * 0.0
+    if CAPPED:
+        # tanh(y) = 2 sigmoid(2 y) - 1
+        tanh = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+        slope = slope * (1.0 - tanh * tanh)
+        z = tanh * softcap
+    return z, slope
+
+
+@jit
+def _cross_entropy_kernel(
+    logits_ptr, label_ptr, loss_ptr, num_columns, scale, softcap,
+    CAPPED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row per program: its loss, then the gradient of its logits over them."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * num_columns
+    columns = tl.arange(0, BLOCK)
+    # Every lane keeps the maximum and the sum of the columns that it has seen; they meet at the end.
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        at = start + columns
+        inside = at < num_columns
+        z, _ = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
+        z = tl.where(inside, z, -float("inf"))
+        higher = tl.maximum(top, z)
+        known = higher > -float("inf")
+        total = tl.where(known, total * tl.exp(top - higher) + tl.exp(z - higher), 0.0)
+        top = higher
+    highest = tl.max(top, axis=0)
+    lse = highest + tl.log(tl.sum(tl.where(top > -float("inf"), total * tl.exp(top - highest), 0.0), axis=0))
+    label = tl.load(label_ptr + row)
+    target, _ = _capped(tl.load(row_ptr + label), scale, softcap, CAPPED)
+    tl.store(loss_ptr + row, lse - target)
+    if WRITE_GRADIENT:
+        # The label's logit is read above by every lane before any lane writes below.
+        tl.debug_barrier()
+        for start in range(0, num_columns, BLOCK):
+            at = start + columns
+            inside = at < num_columns
+            z, slope = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
+            grad = (tl.exp(z - lse) - tl.where(at == label, 1.0, 0.0)) * slope
+            tl.store(row_ptr + at, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, label_C: torch.Tensor, softcap: float | None, scale: float, need_gradient: bool
+) -> torch.Tensor:
+    """The sum of the losses of some rows of raw logits, fp32. The gradient of the logits is written over them."""
+    if runs_triton(logits_CV) and logits_CV.dtype != torch.float64:
+        loss_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
+        with torch.cuda.device(logits_CV.device):
+            _cross_entropy_kernel[(logits_CV.shape[0],)](
+                logits_CV, label_C, loss_C, logits_CV.shape[1], scale, 1.0 if softcap is None else softcap,
+                CAPPED=softcap is not None, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
+            )  # fmt: skip
+        return loss_C.sum()
+    z_CV = logits_CV.float()
+    if scale != 1.0:
+        z_CV = z_CV * scale
+    tanh_CV = None
+    if softcap is not None:
+        tanh_CV = torch.tanh(z_CV / softcap)
+        z_CV = tanh_CV * softcap
+    lse_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
+    label_C1 = label_C[:, None]
+    loss = (lse_C1 - z_CV.gather(1, label_C1)).sum()
+    if need_gradient:
+        # d loss / d logits = softmax - onehot.
+        grad_CV = (z_CV - lse_C1).exp_()
+        grad_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1.0, dtype=torch.float32))
+        if tanh_CV is not None:
+            grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
+        logits_CV.copy_(grad_CV.mul_(scale) if scale != 1.0 else grad_CV)
+    return loss
 
 
 def linear_cross_entropy(
@@ -56,18 +145,11 @@ def linear_cross_entropy(
     hidden_SH = hidden_NH if kept_S.numel() == labels_N.numel() else hidden_NH.index_select(0, kept_S)
     labels_S = labels_N if kept_S.numel() == labels_N.numel() else labels_N.index_select(0, kept_S)
     rows = max(1, chunk_elements // weight_VH.shape[0])
+    if hidden_NH.is_cuda:
+        # Logits of half precision, with no fp32 copy, leave room for twice as many.
+        rows = rows * 2 if dtype in (torch.float16, torch.bfloat16) else rows
+        rows = max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
     return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, softcap, logit_scale, rows, dtype)
-
-
-def _chunk_logits(x_CH, weight_VH, bias_V, softcap, logit_scale):
-    """fp32 logits of some rows, and `tanh(x / softcap)` where a softcap applies (its derivative needs it)."""
-    z_CV = F.linear(x_CH, weight_VH, bias_V).float()
-    if logit_scale != 1.0:
-        z_CV.mul_(logit_scale)
-    if softcap is None:
-        return z_CV, None
-    tanh_CV = torch.tanh_(z_CV.div_(softcap))
-    return tanh_CV * softcap, tanh_CV
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -88,22 +170,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_SH.shape[0], rows):
                 part = slice(start, start + rows)
                 x_CH = hidden_SH[part].detach().to(dtype)
-                label_C1 = labels_S[part, None]
-                logits_CV, tanh_CV = _chunk_logits(x_CH, weight, bias, softcap, logit_scale)
-                lse_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-                total += (lse_C1 - logits_CV.gather(1, label_C1)).sum()
-                if not (need_hidden or need_weight or need_bias):
+                logits_CV = F.linear(x_CH, weight, bias)
+                needed = need_hidden or need_weight or need_bias
+                total += _loss_and_gradient(logits_CV, labels_S[part], softcap, logit_scale, needed)
+                if not needed:
                     continue
-                # d loss / d logits = softmax - onehot, written over the logits.
-                grad_CV = logits_CV.sub_(lse_C1).exp_()
-                grad_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1.0, dtype=torch.float32))
-                if tanh_CV is not None:
-                    grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
-                if logit_scale != 1.0:
-                    grad_CV.mul_(logit_scale)
+                grad_CV = logits_CV  # written over
                 if grad_bias is not None:
-                    grad_bias += grad_CV.sum(0)
-                grad_CV = grad_CV.to(dtype)
+                    grad_bias += grad_CV.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:

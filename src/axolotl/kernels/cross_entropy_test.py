@@ -100,13 +100,13 @@ def test_no_more_logits_than_asked_for_exist_at_once(monkeypatch):
     from axolotl.kernels import cross_entropy
 
     sizes = []
-    chunk = cross_entropy._chunk_logits
+    take_loss = cross_entropy._loss_and_gradient
 
-    def spy(x_CH, weight_VH, *args):
-        sizes.append(x_CH.shape[0] * weight_VH.shape[0])
-        return chunk(x_CH, weight_VH, *args)
+    def spy(logits_CV, *args):
+        sizes.append(logits_CV.numel())
+        return take_loss(logits_CV, *args)
 
-    monkeypatch.setattr(cross_entropy, "_chunk_logits", spy)
+    monkeypatch.setattr(cross_entropy, "_loss_and_gradient", spy)
     x, w, _, y = make(batch=8, time=32)
     linear_cross_entropy(x, w, y, chunk_elements=500)
     assert max(sizes) <= 500

@@ -25,7 +25,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_backward, geglu_tanh_forward
-from axolotl.kernels.quantize import dequantize, dequantize_in_graph
+from axolotl.kernels.glu import Activation
+from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph
+from axolotl.kernels.quantize import dequantize
 from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
 from axolotl.kernels.utils import compute_dtype
 
@@ -145,12 +147,9 @@ def _group(arguments: tuple[Any, ...]) -> list[_Projection]:
     return [_Projection(*arguments[start : start + 6]) for start in range(0, len(arguments), 6)]
 
 
-def _dense(weight: torch.Tensor, quant: Any, dtype: torch.dtype, grad: torch.Tensor | None = None) -> torch.Tensor:
-    """(O, H) in `dtype`; a temporary when the weight is stored in another form. Backward gives the gradient it is for."""
-    if quant is not None:
-        in_graph = torch.compiler.is_compiling()
-        weight = dequantize_in_graph(weight, quant, grad) if in_graph else dequantize(weight, quant)
-    return weight.to(dtype)
+def _dense(weight: torch.Tensor, quant: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(O, H) in `dtype`; a temporary when the weight is stored in another form."""
+    return dequantize(weight, quant).to(dtype)
 
 
 def _read_dtype(x: torch.Tensor, projections: list[_Projection]) -> torch.dtype:
@@ -210,7 +209,7 @@ def _project_backward(
     grad_x = None
     if need_x:
         for grad_NO, weight, plan in zip(grads_NO, kept.weights, plans, strict=True):
-            dense = _dense(weight, plan.quant, dtype, grad_NO)
+            dense = _dense(weight, plan.quant, dtype)
             grad_x = grad_NO @ dense if grad_x is None else grad_x.addmm_(grad_NO, dense)
             del dense
         if grad_low_NR is not None:
@@ -404,7 +403,7 @@ class LoRA_MLP(torch.autograd.Function):
                 assert last.low_NR is not None
                 grad_low_Nr = grad_NO @ last.b_Or[0]
                 grad_B = (grad_NO.t() @ last.low_NR).to(plan.dtype_B) * plan.scale
-            grad_h_NI = grad_NO @ _dense(last.weights[0], plan.quant, x_NH.dtype, grad_NO)
+            grad_h_NI = grad_NO @ _dense(last.weights[0], plan.quant, x_NH.dtype)
             if plan.rank:
                 grad_h_NI.addmm_(grad_low_Nr, last.a_RH)
             h_NI, grad_gate_NI, grad_up_NI = ctx.activation_fn_backward(grad_h_NI, gate_NI, up_NI)
@@ -491,10 +490,23 @@ def why_not_fused(proj: nn.Module) -> str | None:
     return None
 
 
+_ACTIVATIONS: dict[Callable, Activation] = {
+    swiglu_forward: "silu",
+    geglu_forward: "gelu",
+    geglu_tanh_forward: "gelu_tanh",
+}
+
+
 def _mlp(self, X, plain_act, activation_fn, activation_fn_backward, inplace):
     projections = (self.gate_proj, self.up_proj, self.down_proj)
     if any(map(why_not_fused, projections)):
         return self.down_proj(plain_act(self.gate_proj(X)) * self.up_proj(X))
+    if torch.compiler.is_compiling():
+        gate, up, down = (get_lora_parameters(proj) for proj in projections)
+        if gate[1] is up[1] is down[1] is None:
+            return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn])
+        y_gate, y_up = project_in_graph(X, [gate, up])
+        return project_in_graph(plain_act(y_gate) * y_up, [down])[0]
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]
     return LoRA_MLP.apply(X, *parameters, activation_fn, activation_fn_backward, inplace)
 
@@ -522,6 +534,9 @@ def apply_lora_qkv(
     projections = (self.q_proj, self.k_proj, self.v_proj)
     if any(map(why_not_fused, projections)):
         return self.q_proj(X), self.k_proj(X), self.v_proj(X)
+    if torch.compiler.is_compiling():
+        query, key, value = project_in_graph(X, [get_lora_parameters(proj) for proj in projections])
+        return query, key, value
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]
     return LoRA_QKV.apply(X, *parameters, inplace)
 
@@ -530,6 +545,8 @@ def apply_lora_o(self: nn.Module, X: torch.Tensor) -> torch.Tensor:
     """The output projection of an attention with `o_proj`; X is (..., H)."""
     if why_not_fused(self.o_proj):
         return self.o_proj(X)
+    if torch.compiler.is_compiling():
+        return project_in_graph(X, [get_lora_parameters(self.o_proj)])[0]
     return LoRA_O.apply(X, *get_lora_parameters(self.o_proj))
 
 

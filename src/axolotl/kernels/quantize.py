@@ -158,35 +158,34 @@ def dequantize(W: torch.Tensor, quant_state: Any = None, out: torch.Tensor | Non
     return out.t() if W.dim() == 2 and W.shape[0] == 1 and W.shape[1] > 1 else out
 
 
-@torch.library.custom_op(
-    "axolotl::dequantize_4bit",
-    mutates_args=(),
-    schema="(Tensor packed, Tensor absmax, Tensor? code, Tensor? offset, Tensor? absmax2, Tensor? code2, int[] shape, "
-    "ScalarType dtype, int blocksize, int blocksize2, Tensor? after) -> Tensor",
-)
-def _dequantize_op(packed, absmax, code, offset, absmax2, code2, shape, dtype, blocksize, blocksize2, after):
-    nested = None if absmax2 is None else [offset, [absmax2, code2, blocksize2]]
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    state = _read_state([absmax, shape, dtype, blocksize, nested])._replace(code=code)
-    return _write_dense(packed, state, out)
+NUM_STATE_TENSORS = 5
 
 
-@_dequantize_op.register_fake
-def _(packed, absmax, code, offset, absmax2, code2, shape, dtype, blocksize, blocksize2, after):
-    return torch.empty(shape, dtype=dtype, device=packed.device)
+def split_state(quant_state: Any) -> tuple[list[torch.Tensor | None], list[int]]:
+    """A quantization state as the tensors and numbers that an operator of PyTorch takes.
 
-
-def dequantize_in_graph(W: torch.Tensor, quant_state: Any, after: torch.Tensor | None = None) -> torch.Tensor:
-    """`dequantize` as one opaque operation, for use under `torch.compile`.
-
-    Args:
-        W: packed weights (bytes, 1).
-        quant_state: their state.
-        after: a tensor that must exist first. With the gradient given here, the compiler cannot move the operation of backward
-            to forward and keep the dense weight in between.
+    Returns:
+        `[absmax, code, offset, absmax2, code2]` and `[rows, columns, blocksize, blocksize2]`; all None and 0 without a state.
     """
+    if quant_state is None:
+        return [None] * NUM_STATE_TENSORS, [0] * 4
     state = _read_state(quant_state)
-    return _dequantize_op(
-        W, state.absmax, state.code, state.offset, state.absmax2, state.code2, list(state.shape), state.dtype,
-        state.blocksize, state.blocksize2, after,
-    )  # fmt: skip
+    tensors = [state.absmax, state.code, state.offset, state.absmax2, state.code2]
+    return tensors, [*state.shape, state.blocksize, state.blocksize2]
+
+
+def dequantize_parts(
+    packed: torch.Tensor,
+    tensors: list[torch.Tensor | None],
+    numbers: list[int],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The dense weight (rows, columns) in `dtype`, from packed bytes and what `split_state` returns. `out` is contiguous."""
+    absmax, code, offset, absmax2, code2 = tensors
+    rows, columns, blocksize, blocksize2 = numbers
+    assert absmax is not None, "a state has scales"
+    state = _State(absmax, torch.Size((rows, columns)), dtype, blocksize, code, offset, absmax2, code2, blocksize2)
+    return _write_dense(
+        packed, state, torch.empty(state.shape, dtype=dtype, device=packed.device) if out is None else out
+    )

@@ -36,6 +36,7 @@ from axolotl.kernels.lora import (
     apply_lora_qkv,
     why_not_fused,
 )
+from axolotl.kernels.lora_ops import lay_side_by_side
 from axolotl.model_support import read_model_support
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -121,7 +122,11 @@ class _Projections:
         if self._source is not x or name not in self._ready:
             query, key, value = self._attention.apply_qkv(x)
             self._source, self._ready = x, {"q_proj": query, "k_proj": key, "v_proj": value}
-        return self._ready.pop(name)
+        output = self._ready.pop(name)
+        if not self._ready:
+            # This object and its projections refer to each other: what it held would live until the garbage collector ran.
+            self._source = None
+        return output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
@@ -269,6 +274,16 @@ def _computes_the_same(mlp: nn.Module) -> bool:
     return bool((got - wanted).norm() <= _TOLERANCE * wanted.norm().clamp_min(1e-6))
 
 
+def _join_gate_and_up(mlp: nn.Module) -> None:
+    """Let dense weights of gate and up share one memory, which the compiled MLP multiplies at once."""
+    gate, up = (
+        proj.base_layer.weight if isinstance(proj, LoraLayer) else proj.weight for proj in (mlp.gate_proj, mlp.up_proj)
+    )
+    alike = gate.device == up.device and gate.dtype == up.dtype and gate.shape == up.shape
+    if alike and gate.is_cuda and gate.is_floating_point() and gate.is_contiguous() and up.is_contiguous():
+        lay_side_by_side(gate, up)
+
+
 class _MLPPatcher:
     """Chooses the forward for MLPs; the numeric check runs once per class of MLP."""
 
@@ -299,6 +314,7 @@ class _MLPPatcher:
         if not self.checked[type(mlp)]:
             mlp.__class__ = plain
             return f"{plain.__name__} computes more than `down(act(gate) * up)`"
+        _join_gate_and_up(mlp)
         return None
 
 

@@ -202,7 +202,7 @@ def varlen_attention_forward(
     Returns:
         (B, T, H, D) and None, as no weights are kept.
     """
-    if cu_seq_lens_q is not None:
+    if cu_seq_lens_q is not None and not torch.compiler.is_compiling():
         mark_used()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -1,20 +1,21 @@
 """LoRA and QLoRA of a Llama on one GPU: plain peft, with the LoRA kernels, and with decoder layers compiled.
 
-    python benchmarks/lora_8b.py                                  # LoRA 8B, 4096, with and without checkpointing
-    python benchmarks/lora_8b.py --adapter qlora
-    python benchmarks/lora_8b.py --shape 1b --variants plain kernels
+    python benchmarks/llama.py                                  # LoRA 8B, 4096, with and without checkpointing
+    python benchmarks/llama.py --adapter qlora
+    python benchmarks/llama.py --shape 1b --variants plain kernels
 
 Random weights of the real shapes are made on the GPU, full-length random tokens, micro-batch 2, accumulation 4, rank 16, alpha
 32, all linear layers, bf16 autocast over fp32 adapters, fused AdamW. Each variant starts from the same adapter and reads the
 same tokens, so that its losses can be compared with those of `plain`. Writes `benchmarks/results/<device>-<adapter>-<shape>.json`.
 
-FLOP per token: 4N + attention (no weight gradients of the frozen base), with checkpointing 2N + a third of attention more;
+FLOP per token: 4N + attention (no weight gradients of the frozen base; 6N when all weights are trained), with checkpointing 2N + a third of attention more;
 N counts the weights of all matmuls with the output head, attention = 6 * layers * heads * head size * length.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import gc
 import json
@@ -31,10 +32,12 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from axolotl.kernels.cross_entropy import linear_cross_entropy
-from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, get_layers, remove_lora_kernel_patches
+from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, remove_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 500000.0},
 }  # fmt: skip
-VARIANTS = ("plain", "kernels", "compile")
+VARIANTS = ("plain", "kernels", "compile", "kernels+compile")
 KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
 DATASHEET_TFLOPS = 989.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,11 +82,14 @@ def quantize_linears(model: nn.Module) -> None:
     model.is_loaded_in_4bit = True  # peft looks here
 
 
-def build_model(shape: str, adapter: str, attention: str) -> PeftModel:
+def build_model(shape: str, adapter: str, attention: str) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(max_position_embeddings=8192, use_cache=False, **SHAPES[shape])
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    model.config.use_cache = False
+    if adapter == "full":
+        return model.train()
     model.requires_grad_(False)
     if adapter == "qlora":
         quantize_linears(model)
@@ -92,15 +98,20 @@ def build_model(shape: str, adapter: str, attention: str) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
 
 
-def flop_per_token(model: PeftModel, length: int, checkpointing: bool) -> float:
-    config = model.get_base_model().config
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def flop_per_token(model: nn.Module, length: int, checkpointing: bool) -> float:
+    config = base_of(model).config
     head_size = config.hidden_size // config.num_attention_heads
     per_layer = config.hidden_size * (
         2 * config.hidden_size + 2 * config.num_key_value_heads * head_size + 3 * config.intermediate_size
     )
     weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
     attention = 6 * config.num_hidden_layers * config.hidden_size * length
-    return (6 * weights + attention * 4 / 3) if checkpointing else (4 * weights + attention)
+    passes = 4 if isinstance(model, PeftModel) else 6
+    return (passes + 2) * weights + attention * 4 / 3 if checkpointing else passes * weights + attention
 
 
 def matmul_tflops(size: int = 8192, repeats: int = 30) -> float:
@@ -118,32 +129,51 @@ def matmul_tflops(size: int = 8192, repeats: int = 30) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
 
 
-def loss_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
-    base = model.get_base_model()
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    base = base_of(model)
     hidden = base.model(input_ids=ids).last_hidden_state
     total = linear_cross_entropy(hidden[:, :-1], base.lm_head.weight, ids[:, 1:])
     return total / ids[:, 1:].numel()
 
 
-def run_variant(model: PeftModel, variant: str, checkpointing: bool, args: argparse.Namespace, initial: dict) -> dict:
-    """Train a few steps. Returns speed, memory and losses."""
+def profile(model: nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> None:
+    """Print where the GPU time of one micro-batch goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = loss_of(model, ids) / args.accumulation
+        loss.backward()
+        synchronize()
+    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=110))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def difference(gradients: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of two sets of gradients over the norm of the second; a missing one counts as zero."""
+    zero = torch.zeros(())
+    far = sum((gradients.get(name, zero) - grad).square().sum() for name, grad in wanted.items())
+    return float((far / sum(grad.square().sum() for grad in wanted.values())).sqrt())
+
+
+def run_variant(
+    model: nn.Module, variant: str, checkpointing: bool, args: argparse.Namespace, initial: dict
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Train a few steps. Returns the gradients of the first step, then speed, memory and losses."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(initial[name])
                 parameter.grad = None
-    layers = get_layers(model)
-    base = model.get_base_model()
-    if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = base_of(model)
     if "kernels" in variant:
         cfg = DictDefault(KERNELS)
         apply_lora_kernel_patches(model, cfg)
         assert cfg.resolution is None, cfg.resolution
     if "compile" in variant:
         torch._dynamo.reset()
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+        compile_layers(model)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -157,7 +187,8 @@ def run_variant(model: PeftModel, variant: str, checkpointing: bool, args: argpa
     generator = torch.Generator().manual_seed(0)
     shape = (args.accumulation, args.micro_batch_size, args.sequence_len)
     seconds, losses = [], []
-    for _ in range(args.warmup + args.steps):
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(args.warmup + args.steps):
         ids = torch.randint(0, base.config.vocab_size, shape, generator=generator).to(DEVICE)
         synchronize()
         start = time.perf_counter()
@@ -167,19 +198,22 @@ def run_variant(model: PeftModel, variant: str, checkpointing: bool, args: argpa
                 loss = loss_of(model, micro) / args.accumulation
             loss.backward()
             total += loss.detach()
+        if step == 0:
+            gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(total.item())
-    for layer in layers:
-        layer.__dict__.pop("forward", None)
+    if args.profile:
+        profile(model, ids[0], args)
+    uncompile_layers(model)
     remove_lora_kernel_patches(model)
     if checkpointing:
         base.gradient_checkpointing_disable()
     step = statistics.median(seconds[args.warmup :])
     tokens = args.accumulation * args.micro_batch_size * args.sequence_len
-    return {
+    return gradients, {
         "variant": variant,
         "gradient_checkpointing": checkpointing,
         "tokens_per_second": round(tokens / step, 1),
@@ -194,7 +228,7 @@ def run_variant(model: PeftModel, variant: str, checkpointing: bool, args: argpa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--adapter", choices=("lora", "qlora"), default="lora")
+    parser.add_argument("--adapter", choices=("lora", "qlora", "full"), default="lora")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
     parser.add_argument("--attention", default="sdpa")
@@ -204,6 +238,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--recompute", action="store_true", help="compiled layers recompute inputs of matmuls in backward"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the GPU time of one micro-batch by kernel")
+    parser.add_argument("--cudnn", action="store_true", help="sdpa prefers cuDNN's attention")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -211,13 +250,24 @@ def main() -> None:
     model = build_model(args.shape, args.adapter, args.attention)
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     matmul = matmul_tflops()
+    if args.cudnn:
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        stack = contextlib.ExitStack()
+        stack.enter_context(sdpa_kernel(order, set_priority=True))
     rows: list[dict[str, Any]] = []
     for checkpointing in {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]:
         plain: list[float] | None = None
+        wanted: dict[str, torch.Tensor] = {}
         for variant in args.variants:
-            row = run_variant(model, variant, checkpointing, args, initial)
-            if variant == "plain":
-                plain = row["losses"]
+            gradients, row = run_variant(model, variant, checkpointing, args, initial)
+            if not wanted:
+                plain, wanted = row["losses"], gradients
+            row["gradient_difference"] = round(difference(gradients, wanted), 5)
             row["of_datasheet"] = round(row["tflops"] / DATASHEET_TFLOPS, 3)
             row["of_measured_matmul"] = round(row["tflops"] / matmul, 3)
             row["loss_difference"] = (
@@ -229,7 +279,7 @@ def main() -> None:
                 f"{row['tokens_per_second']:>9} tok/s  {row['peak_gib']} GiB  {row['tflops']} TFLOP/s "
                 f"({row['of_datasheet']:.0%} of {DATASHEET_TFLOPS:.0f}, {row['of_measured_matmul']:.0%} of {matmul:.0f})  "
                 f"first step {row['first_step_seconds']} s  loss {row['losses'][0]:.4f} .. {row['losses'][-1]:.4f} "
-                f"(differs from plain by {row['loss_difference']})",
+                f"(differs by {row['loss_difference']:.2e}, gradients by {row['gradient_difference']:.2e})",
                 flush=True,
             )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout

@@ -1,0 +1,214 @@
+"""`torch.compile` for the decoder layers of a model, one by one.
+
+All layers of a kind share one compiled function, so that compiling takes seconds where compiling a whole model takes minutes,
+and nothing between the layers (hooks, caches, the loss) is traced. Only passes that learn are compiled; generation and
+evaluation, whose shapes change with every batch, run as they are. The first shape is compiled as it is, and when another
+comes, once more for all shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+from peft import PeftModel
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from axolotl.monkeypatch.attention.documents import mark_used
+from axolotl.monkeypatch.lora_kernels import get_layers
+from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+RECOMPILE_LIMIT = 64
+"""Versions of a layer's code; PyTorch's 8 do not reach for models whose layers differ (sliding windows, shared keys)."""
+
+# Architectures whose layers are compiled when nothing is said: those that the tests compile without a break in the graph.
+COMPILED_BY_DEFAULT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+MIN_STEPS = 20
+"""A run of fewer steps ends before compiling has paid."""
+
+
+def _is_plain_checkpoint(function: Any) -> bool:
+    """Whether a checkpoint function is PyTorch's own, without re-entry."""
+    plain = isinstance(function, functools.partial) and function.func is checkpoint
+    return plain and function.keywords.get("use_reentrant") is False
+
+
+class CompiledForward:
+    """The forward of one layer: compiled where a gradient will be taken, else as it was.
+
+    Gradient checkpointing without re-entry happens inside what is compiled: the compiler leaves out of the second forward what
+    backward does not need, such as the last matmul. transformers checkpoints in the layer's forward, before 5.20 in its call.
+
+    Attributes:
+        plain: the layer's own forward.
+        may_fall_back: whether a layer that cannot be compiled runs as it was, after a warning, instead of raising.
+    """
+
+    def __init__(self, layer: nn.Module, options: dict[str, Any], *, may_fall_back: bool):
+        self.plain: Callable[..., Any] = layer.forward
+        self.may_fall_back = may_fall_back
+        self._layer: Any = layer
+        self._failed = False
+        own: Any = type(layer).forward
+        self._checkpoints = isinstance(layer, GradientCheckpointingLayer) and "__call__" not in vars(
+            GradientCheckpointingLayer
+        )
+        # Below transformers' wrapper that checkpoints.
+        raw = types.MethodType(own.__wrapped__, layer) if self._checkpoints else self.plain
+        self._raw: Callable[..., Any] = raw
+        self._compiled = torch.compile(raw, **options)
+
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(raw, *args, use_reentrant=False, **kwargs)
+
+        self._compiled_recomputed = torch.compile(recomputed, **options)
+        functools.update_wrapper(self, self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        if not (self._checkpoints and layer.gradient_checkpointing and layer.training):
+            return self._run_once(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+            return self.plain(*args, **kwargs)  # transformers takes them away, and says so
+        function = layer._gradient_checkpointing_func
+        if _is_plain_checkpoint(function):
+            return self._run(self._compiled_recomputed, self.plain, args, kwargs)
+        return function(functools.partial(self._run_once, **kwargs), *args)
+
+    def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The layer with checkpointing inside what is compiled, as the checkpoint function of transformers before 5.20.
+
+        Args:
+            function: the layer's call with its keywords bound.
+            *args: the other arguments of the layer.
+        """
+        plain = functools.partial(checkpoint, function, use_reentrant=False)
+        watched = self._layer._forward_hooks or self._layer._forward_pre_hooks or self._layer._backward_hooks
+        if watched or not isinstance(function, functools.partial):
+            return plain(*args)
+        return self._run(self._compiled_recomputed, lambda *args, **_: plain(*args), args, function.keywords)
+
+    def _run_once(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._compiled, self._raw, args, kwargs)
+
+    def _run(
+        self, compiled: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._failed or not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return plain(*args, **kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            mark_used()  # The attention inside the graph cannot.
+        if not self.may_fall_back:
+            return compiled(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            LOG.warning_once(
+                f"The layers could not be compiled and run as they are: {str(error).strip().splitlines()[0]} "
+                "Write `torch_compile: false` to skip the attempt."
+            )
+            self._failed = True
+            return plain(*args, **kwargs)
+
+
+def compile_layers(
+    model: nn.Module, options: dict[str, Any] | None = None, *, may_fall_back: bool = False
+) -> list[nn.Module]:
+    """Compile the forward of every decoder layer, at its first use.
+
+    Args:
+        model: a model of transformers, or a peft model around one. Changed in place: the layers' `forward`, on the instance.
+        options: keyword arguments of `torch.compile`.
+        may_fall_back: see `CompiledForward`.
+
+    Returns:
+        The layers.
+    """
+    # Backward forms the inputs of matmuls again from what it has anyway (a norm, an activation) instead of keeping them: on an
+    # H200 a third of a percent of the speed for a tenth to a fifth of the memory.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    layers = get_layers(model)
+    for layer in layers:
+        if not isinstance(layer.__dict__.get("forward"), CompiledForward):
+            layer.forward = CompiledForward(layer, options or {}, may_fall_back=may_fall_back)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "__call__" in vars(GradientCheckpointingLayer) and "_set_gradient_checkpointing" not in vars(base):
+        base._set_gradient_checkpointing = functools.partial(
+            _switch_checkpointing, base, base._set_gradient_checkpointing
+        )
+    return layers
+
+
+def _switch_checkpointing(model: nn.Module, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """transformers' method, then: a compiled layer that would be checkpointed without re-entry does it inside its graph."""
+    original(*args, **kwargs)
+    for layer in get_layers(model):
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, CompiledForward) and _is_plain_checkpoint(layer._gradient_checkpointing_func):
+            layer._gradient_checkpointing_func = forward.recomputed
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for layer in get_layers(model):
+        if isinstance(layer.__dict__.get("forward"), CompiledForward):
+            del layer.forward
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    method = vars(base).get("_set_gradient_checkpointing")
+    if isinstance(method, functools.partial) and method.func is _switch_checkpointing:
+        del base._set_gradient_checkpointing
+
+
+def why_not_by_default(cfg: DictDefault, model: nn.Module) -> str | None:
+    """Why a config that does not say `torch_compile` runs without, or None when compiling pays and is known to be right."""
+    config: Any = model.config
+    rules = (
+        (not torch.cuda.is_available(), "no GPU"),
+        (config.model_type not in COMPILED_BY_DEFAULT, f"not tested for `{config.model_type}`"),
+        (bool(cfg.max_steps) and int(cfg.max_steps or 0) < MIN_STEPS, f"fewer than {MIN_STEPS} steps"),
+        (bool(cfg.load_in_8bit), "8-bit layers cannot be traced"),
+        (bool(cfg.adapter) and cfg.adapter not in ("lora", "qlora"), f"not tested with `adapter: {cfg.adapter}`"),
+        *(
+            (bool(cfg[key]), f"not tested with `{key}`")
+            for key in ("activation_offloading", "layer_offloading", "tiled_mlp", "relora", "lisa_n_layers", "qat",
+                        "peft_use_dora", "fsdp_config", "deepspeed", "trust_remote_code")
+        ),
+    )  # fmt: skip
+    return next((reason for holds, reason in rules if holds), None)
+
+
+def apply_torch_compile(cfg: DictDefault, model: nn.Module) -> None:
+    """Compile the layers if `torch_compile` says so or, where it says nothing, if that is known to pay.
+
+    Reads `torch_compile`, `torch_compile_backend`, `torch_compile_mode` and `torch_compile_options`.
+    """
+    asked = bool(cfg.torch_compile)
+    if not asked and why_not_by_default(cfg, model):
+        return
+    options = {
+        name: value.to_dict() if isinstance(value, DictDefault) else value
+        for name, value in (
+            ("backend", cfg.torch_compile_backend),
+            ("mode", cfg.torch_compile_mode),
+            ("options", cfg.torch_compile_options),
+        )
+        if value
+    }
+    layers = compile_layers(model, options, may_fall_back=not asked)
+    if not asked:
+        note_choice(
+            cfg, "torch_compile", True, f"each of the {len(layers)} layers runs faster; the first step waits for it"
+        )

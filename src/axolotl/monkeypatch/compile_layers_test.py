@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+
+from axolotl.kernels import lora_ops
+from axolotl.monkeypatch.attention.documents import add_document_hook, register_masks
+from axolotl.monkeypatch.compile_layers import COMPILED_BY_DEFAULT, compile_layers, uncompile_layers
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
+from axolotl.utils.dict import DictDefault
+from tests.tiny import make_tiny_model
+
+KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
+# It traces, differentiates and partitions like the real compiler, and generates no code.
+FAST = {"backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def make(model_type: str, folder: Path, *, lora: bool) -> torch.nn.Module:
+    register_masks()  # Masks tell the borders: the varlen kernel runs on CUDA only (tests/gpu).
+    torch.manual_seed(0)
+    model = make_tiny_model(folder, model_type)
+    model.config.use_cache = False
+    add_document_hook(model, varlen=False)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        apply_lora_kernel_patches(model, DictDefault(KERNELS))
+    return model.train()
+
+
+def packed(vocab: int, *lengths: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(3, vocab, (1, sum(lengths)), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("model_type", sorted(COMPILED_BY_DEFAULT))
+def test_compiled_layers_compute_what_plain_ones_do(model_type, lora, tmp_path):
+    model = make(model_type, tmp_path, lora=lora)
+    vocab = model.config.vocab_size
+    batches = [packed(vocab, *lengths) for lengths in ((20, 12), (9, 9, 14), (30, 2), (1, 5, 20, 7))]
+    plain = [gradients(model, batch) for batch in batches]
+    compile_layers(model, FAST)
+    compiled = [gradients(model, batch) for batch in batches]
+    assert not counters["graph_break"]
+    for (loss, grads), (wanted, wanted_grads) in zip(compiled, plain, strict=True):
+        assert loss == pytest.approx(wanted, abs=1e-5)
+        assert grads.keys() == wanted_grads.keys()
+        assert all(wanted_grads[name].abs().max() > 0 for name in grads if "lora" in name)
+        for name in grads:
+            torch.testing.assert_close(grads[name], wanted_grads[name], rtol=1e-4, atol=1e-6)
+    # One version for the first length and one for any other; the first layer takes no gradient of its input under an adapter.
+    assert counters["stats"]["unique_graphs"] <= (4 if lora else 2)
+
+
+def test_rows_of_one_length_compile_once(tmp_path):
+    model = make("llama", tmp_path, lora=True)
+    compile_layers(model, FAST)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ids = torch.randint(3, model.config.vocab_size, (2, 16))
+        gradients(model, {"input_ids": ids, "labels": ids})
+    assert counters["stats"]["unique_graphs"] == 2  # the first layer takes no gradient of its input
+
+
+def test_evaluation_and_generation_are_not_compiled(tmp_path):
+    model = make("llama", tmp_path, lora=False)
+    compile_layers(model, FAST)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    model.generate(input_ids=torch.tensor([[3, 4, 5]]), max_new_tokens=3)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, monkeypatch):
+    calls = []
+    forward = lora_ops.lora_gated_forward
+    monkeypatch.setattr(lora_ops, "lora_gated_forward", lambda *args: calls.append(1) or forward(*args))
+    model = make("llama", tmp_path, lora=True)
+    batch = packed(model.config.vocab_size, 20, 12)
+    wanted_loss, wanted = gradients(model, batch)
+    compile_layers(model, FAST)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss, grads = gradients(model, batch)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert loss == pytest.approx(wanted_loss, abs=1e-5)
+    assert len(calls) == len(model.base_model.model.model.layers)  # once per layer, not again in backward
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_compiled_runs_plain_when_nobody_asked(tmp_path):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    model = make("llama", tmp_path, lora=False)
+    batch = packed(model.config.vocab_size, 5, 6)
+    wanted, _ = gradients(model, batch)
+    compile_layers(model, {"backend": broken}, may_fall_back=True)
+    assert gradients(model, batch)[0] == pytest.approx(wanted)
+    uncompile_layers(model)
+    compile_layers(model, {"backend": broken})
+    with pytest.raises(Exception, match="no compiler here"):
+        gradients(model, batch)
