@@ -6,13 +6,13 @@ Whatever goes wrong in a row becomes a `DatasetError` that names the dataset, th
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import generate_random_fingerprint, get_temporary_cache_files_directory
 
+from axolotl.core.datasets.map_rows import map_rows
 from axolotl.exceptions import AxolotlError, DatasetError
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 
@@ -54,6 +54,17 @@ class TokenizeRows:
             except ROW_ERRORS as error:
                 raise self._explained(error, index, row) from error
         raise self._explained(batch_error, indices[0], {}) from batch_error
+
+    def blocks(self, rows: dict[str, list], indices: list[int]) -> Mapping[str, Any]:
+        """Tokenize a block of rows, one by one where the strategy takes them so."""
+        if self.strategy.supports_batched:
+            return self(rows, indices)
+        tokenized = [
+            self({key: values[position] for key, values in rows.items()}, index)
+            for position, index in enumerate(indices)
+        ]
+        columns = dict.fromkeys(key for row in tokenized for key in row)
+        return {key: [row.get(key) for row in tokenized] for key in columns}
 
     def _explained(self, error: Exception, index: int, row: dict[str, Any]) -> DatasetError:
         where = f"Row {index}" + (f" of `{self.name}`" if self.name else "")
@@ -97,28 +108,26 @@ class TokenizedPromptDataset(Dataset):
         self.process_count = process_count
         self.keep_in_memory = keep_in_memory
         self._dataset_name = kwargs.pop("name", None)
+        self.num_filtered = 0
         super().__init__(self.process(dataset).data, **kwargs)
 
     def process(self, dataset: Dataset) -> Dataset:
         """`dataset`, tokenized."""
-        num_proc = min(self.process_count, max(len(dataset), 1)) if self.process_count else None
-        num_proc = num_proc if num_proc and num_proc > 1 else None
         if self.prompt_tokenizer.filter_rows:
+            num_proc = min(self.process_count or 1, max(len(dataset), 1))
+            num_rows = len(dataset)
             dataset = dataset.filter(
-                self.prompt_tokenizer.filter_rows, num_proc=num_proc, desc="Strategy Filtering Rows"
+                self.prompt_tokenizer.filter_rows,
+                num_proc=num_proc if num_proc > 1 else None,
+                desc="Strategy Filtering Rows",
             )
-        fingerprint = generate_random_fingerprint()
-        on_disk = bool(dataset.cache_files) and not self.keep_in_memory
-        return dataset.map(
-            TokenizeRows(self.prompt_tokenizer, self._dataset_name),
-            with_indices=True,
-            remove_columns=list(dataset.features),
-            num_proc=num_proc,
-            new_fingerprint=fingerprint,
-            cache_file_name=_temporary_file(fingerprint) if on_disk else None,
-            keep_in_memory=self.keep_in_memory,
+            self.num_filtered = num_rows - len(dataset)
+        return map_rows(
+            dataset,
+            TokenizeRows(self.prompt_tokenizer, self._dataset_name).blocks,
+            num_proc=self.process_count or 1,
+            keep_in_memory=bool(self.keep_in_memory),
             desc="Tokenizing Prompts",
-            **_batching(self.prompt_tokenizer),
         )
 
 
@@ -145,15 +154,6 @@ def wrap_dataset_for_tokenized_prompt(
         remove_columns=list(features),
         **_batching(prompt_tokenizer),
     )
-
-
-def _temporary_file(fingerprint: str) -> str:
-    """A file that lives as long as this process.
-
-    The prepared dataset is the cache between runs. The cache of `Dataset.map` is not used: its key is a pickle of the
-    tokenizer, which takes seconds to make and changes with every run.
-    """
-    return str(Path(get_temporary_cache_files_directory()) / f"tokenized-{fingerprint}.arrow")
 
 
 def _batching(strategy: PromptTokenizingStrategy) -> dict[str, Any]:

@@ -9,18 +9,22 @@ import pytest
 import yaml
 
 from axolotl.prompt_strategies.resolve import BASE_TYPES, _function
+from axolotl.utils.chat_templates import chat_template_names
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "datasets.md").read_text("utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
-TYPES = {
-    name
-    for line in PAGE.splitlines()
-    if line.startswith("| `")
-    for name in re.findall(r"`([\w.:]+)`", line.split("|")[1])
-    if name not in ("_synthetic", "my_package.my_module")
-}
+
+
+def names_in_table(start: str, end: str) -> set[str]:
+    """The names in the first column of the table between two headings."""
+    section = PAGE[PAGE.index(start) : PAGE.index(end)]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([\w.:]+)`", row.split("|")[1])}
+
+
+TYPES = names_in_table("## Types", "### Conversations") - {"_synthetic", "my_package.my_module"}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -35,3 +39,7 @@ def test_example_is_valid(block):
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_type_exists(name):
     assert name.partition(":")[0] in BASE_TYPES or _function(name) is not None
+
+
+def test_every_template_that_ships_is_in_the_table():
+    assert names_in_table("### Conversations", "**Messages.**") == set(chat_template_names())

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from axolotl.exceptions import NotBuiltError
-from axolotl.loaders import load_processor, load_tokenizer
+from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.report import print_report, write_html_report
 from axolotl.utils.data.sft import DEFAULT_PREPARED_PATH, Prepared, prepare
 from axolotl.utils.data.stream import TokenStream
@@ -55,12 +55,20 @@ def load_datasets(*, cfg: DictDefault, cli_args: Any = None, debug: bool = False
         Rows to train on and to evaluate on, and the number of optimizer steps.
     """
     tokenizer = load_tokenizer(cfg)
-    processor = load_processor(cfg, tokenizer) if cfg.processor_type else None
-    prepared = prepare(cfg, tokenizer, processor=processor)
+    prepared = prepare(cfg, tokenizer, processor=_load_processor(cfg, tokenizer))
     options = vars(cli_args) if cli_args is not None and hasattr(cli_args, "__dict__") else {}
     if debug or options.get("debug"):
         _show(cfg, prepared, tokenizer, options)
     return TrainDatasetMeta(prepared.train, prepared.evaluation, prepared.total_num_steps, prepared.report)
+
+
+def _load_processor(cfg: DictDefault, tokenizer: Any) -> Any:
+    if not cfg.processor_type:
+        return None
+    # It brings the image processors of transformers, and with them the models.
+    from axolotl.loaders import load_processor
+
+    return load_processor(cfg, tokenizer)
 
 
 def _show(cfg: DictDefault, prepared: Prepared, tokenizer: Any, options: dict[str, Any]) -> None:

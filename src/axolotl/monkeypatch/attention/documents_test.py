@@ -13,6 +13,15 @@ from axolotl.monkeypatch.attention import varlen
 from axolotl.monkeypatch.attention.documents import add_document_hook, cu_seq_lens, document_starts, register_masks
 from tests.tiny import ARCHITECTURES, make_tiny_model
 
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+# Learnt positions, experts, attention sinks.
+MORE = {
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+                            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "mixtral": ("MixtralConfig", {**EXPERTS, "sliding_window": 8}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOssConfig", {**EXPERTS, "head_dim": 8, "sliding_window": 8}),
+}  # fmt: skip
 LENGTHS = (21, 3, 17, 1, 9, 13)
 FORMS = ("one row", "two rows", "with a mask of ones", "borders", "padding between", "right padding", "left padding")
 
@@ -85,11 +94,12 @@ def load(folder: Path, implementation: str, **hook):
     return model
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+@pytest.fixture(scope="module", params=[*sorted(ARCHITECTURES), *MORE])
 def alone(request, tmp_path_factory):
     """A model folder, and the loss and gradients of its documents one by one."""
     folder = tmp_path_factory.mktemp(request.param)
-    make_tiny_model(folder, request.param)
+    class_name, config = MORE.get(request.param, (request.param, {}))
+    make_tiny_model(folder, class_name, **config)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).train()
     total, grads = 0.0, {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for doc in documents():
@@ -104,8 +114,8 @@ def alone(request, tmp_path_factory):
 @pytest.mark.parametrize("implementation", [varlen.NAME, "sdpa", "eager"])
 def test_every_form_of_batch_equals_each_document_alone(alone, implementation: str) -> None:
     architecture, folder, total, grads = alone
-    if architecture == "gemma2" and implementation == "sdpa":
-        pytest.skip("transformers has no sdpa for gemma2")
+    if architecture in ("gemma2", "gpt_oss") and implementation == "sdpa":
+        pytest.skip(f"transformers has no sdpa for {architecture}")
     model = load(folder, implementation)
     for form in FORMS:
         loss, ours = loss_and_grads(model, batch_of(form))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl.exceptions import ConfigError
 from axolotl.model_support import read_model_support
-from axolotl.monkeypatch.attention import varlen
+from axolotl.monkeypatch.attention import shifted, varlen
 from axolotl.utils.dict import DictDefault, note_choice
 
 
@@ -153,6 +153,21 @@ def _sdpa_may_be_varlen(cfg: DictDefault, config: PretrainedConfig, model_class:
     return packed and cfg.sdpa_varlen is not False and varlen_refusal(config, model_class, sequence_len) is None
 
 
+def _shifted(cfg: DictDefault, config: PretrainedConfig, model_class: Any, sequence_len: int) -> str:
+    """What `s2_attention: true` trains with."""
+    refusal = varlen_refusal(config, model_class, sequence_len)
+    if config.get_text_config().num_attention_heads % 2:
+        refusal = "it has an odd number of heads, of which half would be shifted"
+    if refusal:
+        raise ConfigError(
+            f"`s2_attention: true` cannot be used with `base_model: {cfg.base_model}`: {refusal}. Remove it. {_INSTEAD}"
+        )
+    note_choice(
+        cfg, "attn_implementation", shifted.NAME, "`s2_attention: true`; evaluation and generation attend in full"
+    )
+    return shifted.NAME
+
+
 def resolve_attention(
     cfg: DictDefault, config: PretrainedConfig, model_class: type[PreTrainedModel] | None, *, inference: bool = False
 ) -> str | None:
@@ -175,6 +190,9 @@ def resolve_attention(
         raise ConfigError(f"`attn_implementation: {wanted}` is not known. Write one of: {', '.join(ATTENTION)}.")
     if wanted is not None and ATTENTION[wanted].refused:
         raise ConfigError(f"`attn_implementation: {wanted}` cannot be used: {ATTENTION[wanted].refused}")
+
+    if cfg.s2_attention and not inference:
+        return _shifted(cfg, config, model_class, sequence_len)
 
     supports_sdpa = (model_class is None or model_class._supports_sdpa) and _soft_cap(config) is None
     chosen, reason = wanted, "as written"

@@ -76,3 +76,13 @@ def test_chunked_attention_takes_masks_where_a_row_is_longer_than_a_chunk() -> N
 def test_what_is_refused_names_what_to_write(name: str) -> None:
     with pytest.raises(ConfigError, match="Write"):
         resolve_attention(DictDefault(attn_implementation=name), LlamaConfig(), LlamaForCausalLM)
+
+
+def test_shifted_attention_is_chosen_for_training_only():
+    cfg = DictDefault(s2_attention=True, attn_implementation="flash_attention_2", sequence_len=64)
+    config = LlamaConfig(num_attention_heads=4, hidden_size=32)
+    assert resolve_attention(cfg, config, LlamaForCausalLM) == "axolotl_shifted"
+    assert resolve_attention(cfg, config, LlamaForCausalLM, inference=True) == "sdpa"
+    odd = LlamaConfig(num_attention_heads=3, hidden_size=48)
+    with pytest.raises(ConfigError, match="odd number of heads"):
+        resolve_attention(cfg, odd, LlamaForCausalLM)

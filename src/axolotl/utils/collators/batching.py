@@ -7,7 +7,7 @@ the first of the next. With that, packed loss equals unpacked loss. Padding at t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class DataCollatorForSeq2Seq:
 
     Args:
         tokenizer: gives the pad token and the padding side.
-        model: accepted for compatibility.
+        model: when it has `prepare_decoder_input_ids_from_labels` (encoder-decoders), the batch gets its decoder inputs.
         padding: `True` or `"longest"` pads to the longest row, `"max_length"` to `max_length`, `False` not at all.
         max_length: the length for `padding="max_length"`.
         pad_to_multiple_of: round the length of the batch up to a multiple.
@@ -58,7 +58,11 @@ class DataCollatorForSeq2Seq:
                 f"collators return PyTorch tensors, so `return_tensors` must be `pt`, not {return_tensors!r}."
             )
         rows = [self._arrays(row) for row in features]
-        return self._tensors(rows, [len(row["input_ids"]) for row in rows])
+        batch = self._tensors(rows, [len(row["input_ids"]) for row in rows])
+        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is not None and "labels" in batch:
+            batch["decoder_input_ids"] = prepare(labels=batch["labels"])
+        return batch
 
     def _arrays(self, row: Row) -> dict[str, np.ndarray]:
         columns = token_arrays(row)
@@ -189,6 +193,9 @@ class V2BatchSamplerDataCollatorForSeq2Seq(BatchSamplerDataCollatorForSeq2Seq):
 class PretrainingBatchSamplerDataCollatorForSeq2Seq(V2BatchSamplerDataCollatorForSeq2Seq):
     """Packs streamed pretraining rows.
 
+    Takes bins or rows like the others, and also the columns of the rows of one bin (`{"input_ids": [...], ...}`), as
+    `Dataset.map(batched=True)` hands them over.
+
     Args:
         multipack_attn: `True` keeps documents apart. `False` reads the packed row as one text: positions run on, every token
             sees all before it, and the first token of a document is trained.
@@ -199,6 +206,8 @@ class PretrainingBatchSamplerDataCollatorForSeq2Seq(V2BatchSamplerDataCollatorFo
         self.multipack_attn = multipack_attn
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
+        if isinstance(features, Mapping):
+            features = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
         if self.multipack_attn or not features:
             return super().__call__(features, return_tensors)
         bins = features if isinstance(features[0], (list, tuple)) else [features]

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from axolotl.exceptions import TokenizerError
 from axolotl.utils.collators.batching import (
@@ -20,10 +23,14 @@ from axolotl.utils.collators.mamba import MambaDataCollator
 from axolotl.utils.dict import DictDefault
 
 
-@pytest.fixture
-def tokenizer():
+def make_tokenizer():
     vocab = {"<pad>": 0, "a": 1}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, "a")), pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
 
 
 def row(*ids, masked=0):
@@ -110,6 +117,55 @@ def test_pretraining_rows_as_one_text(tokenizer):
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 2, 3, 4]]
     assert collator([[row(1, 2)], []])["labels"].tolist() == [[-100, 2], [-100, -100]]
+
+
+def test_columns_are_rows_of_one_bin(tokenizer):
+    rows = [row(1, 2), row(3, 4, 5)]
+    columns = {name: [one[name] for one in rows] for name in rows[0]}
+    collator = PretrainingBatchSamplerDataCollatorForSeq2Seq(tokenizer)
+    for name, value in collator([rows]).items():
+        assert torch.equal(collator(columns)[name], value)
+
+
+def test_decoder_inputs_of_an_encoder_decoder(tokenizer):
+    config = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**config, decoder_start_token_id=0))
+    batch = DataCollatorForSeq2Seq(tokenizer, model=model)([row(5, 6), row(7)])
+    assert batch["decoder_input_ids"].tolist() == [[0, 5], [0, 7]]
+
+
+numbers = st.integers(1, 63)
+documents_ = st.lists(
+    st.lists(numbers, min_size=1, max_size=12).flatmap(
+        lambda ids: st.integers(0, len(ids)).map(lambda masked: row(*ids, masked=masked))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(documents_, min_size=1, max_size=3), st.sampled_from([None, 16, 64]))
+def test_borders_give_the_documents_back(bins, multiple):
+    tokenizer = make_tokenizer()
+    batch = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple, varlen=True)(bins)
+    numbered = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)(bins)
+    borders = batch["cu_seq_lens_q"].tolist()
+    assert (borders[0], borders[-1]) == (0, batch["input_ids"].numel())
+    assert batch["max_length_q"] == max(np.diff(borders))
+    wanted = iter([document for bin_ in bins for document in bin_])
+    for start, stop in itertools.pairwise(borders):
+        flat = {name: batch[name].flatten()[start:stop].tolist() for name in ("input_ids", "labels", "position_ids")}
+        assert flat["position_ids"] == list(range(stop - start))
+        (number,) = set(numbered["attention_mask"].flatten()[start:stop].tolist())
+        if number == 0:  # padding
+            assert set(flat["input_ids"]) == {0}
+            assert set(flat["labels"]) == {-100}
+            continue
+        document = next(wanted)
+        assert flat["input_ids"] == document["input_ids"]
+        assert flat["labels"] == [-100, *document["labels"][1:]]
+    assert next(wanted, None) is None
 
 
 def test_mamba(tokenizer):

@@ -74,7 +74,7 @@ def pad_multiple(cfg: DictDefault, is_eval: bool, packed: bool) -> int | None:
     if cfg.pad_to_sequence_len:
         full = (cfg.eval_sequence_len if is_eval else None) or cfg.sequence_len or 512
         if packed:
-            full = packing_geometry(cfg, is_eval).capacity
+            full = packing_geometry(cfg, is_eval).row_length
         return padded_length(int(full), PAD_MULTIPLE)
     return PAD_MULTIPLE if cfg.pad_to_sequence_len is None else None
 

@@ -69,7 +69,7 @@ def save_prepared(
     """
     whole = aside / "whole"
     try:
-        dataset.save_to_disk(str(whole), num_shards=num_shards)
+        dataset.save_to_disk(str(whole), num_shards=num_shards and min(num_shards, max(len(dataset), 1)))
         files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(whole.iterdir())}
         (whole / MARKER).write_text(json.dumps({"rows": len(dataset), "files": files, "report": report}, indent=1))
         for file in whole.iterdir():

@@ -6,22 +6,24 @@ rows into tokens. Equal keys mean equal rows, so a prepared dataset with the rig
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import os
+import sysconfig
 import urllib.request
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import datasets
-import fsspec
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 import axolotl
-from axolotl.utils.data.shared import local_data_files, names_reader
+from axolotl.utils.data import files, remote
 from axolotl.utils.data.synthetic import SYNTHETIC
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -84,7 +86,61 @@ CODE = (
 """Code of this package, relative to it, that turns rows into tokens."""
 
 
-def dataset_key(cfg: DictDefault, entries: Iterable[DictDefault], tokenizer: Any, part: str) -> str:
+NOT_IN_ROWS = frozenset(
+    """datasets test_datasets pretraining_dataset dataset_prepared_path dataset_num_proc dataset_keep_in_memory
+    num_dataset_shards_to_save push_dataset_to_hub hf_use_auth_token resolution""".split()  # noqa: SIM905
+)
+"""Keys that preparing reads, too, and that do not change the rows: entries are in the key one by one, and the others say how
+and where rows are made."""
+
+LIBRARIES = ("datasets", "transformers", "tokenizers", "jinja2")
+"""Packages that take part in making tokens of rows."""
+
+
+class WatchedConfig(DictDefault):
+    """A config that remembers which of its keys were read: a strategy or plugin of the user's own may depend on any of them.
+
+    Args:
+        cfg: the config to stand in for; what is written here is written there as well.
+    """
+
+    def __init__(self, cfg: DictDefault | None = None):
+        super().__init__()
+        object.__setattr__(self, "reads", set())
+        object.__setattr__(self, "written", cfg)
+        dict.update(self, cfg or {})  # the same values, not copies of them
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.written is not None:
+            self.written[key] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        self.reads.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.reads.add(key)
+        return super().get(key, default)
+
+    def reads_beyond_key(self) -> dict[str, Any]:
+        """Keys that were read and that `dataset_key` does not cover, with their values."""
+        beyond = sorted(map(str, self.reads - {*CONFIG_KEYS} - NOT_IN_ROWS))
+        return {key: _as_json(dict.get(self, key)) for key in beyond}
+
+
+def changed_read(cfg: DictDefault, reads: Mapping[str, Any]) -> str | None:
+    """The first key whose value is not the one that was read when rows were prepared."""
+    return next((key for key, value in reads.items() if _as_json(cfg[key]) != value), None)
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def dataset_key(
+    cfg: DictDefault, entries: Iterable[DictDefault], tokenizer: Any, part: str, processor: Any = None
+) -> str:
     """The key of the rows prepared from `entries`.
 
     Args:
@@ -92,6 +148,7 @@ def dataset_key(cfg: DictDefault, entries: Iterable[DictDefault], tokenizer: Any
         entries: the entries of `datasets` or `test_datasets`.
         tokenizer: the tokenizer of the run.
         part: `train` or `test`.
+        processor: the processor of a multimodal model.
     """
     entries = list(entries)
     digest = hashlib.blake2b(digest_size=16)
@@ -99,13 +156,15 @@ def dataset_key(cfg: DictDefault, entries: Iterable[DictDefault], tokenizer: Any
         part,
         {key: cfg[key] for key in CONFIG_KEYS if cfg[key] is not None},
         [_plain(entry) for entry in entries],
-        [source_fingerprint(entry, bool(cfg.hf_use_auth_token)) for entry in entries],
+        [_known_fingerprint(entry, cfg) for entry in entries],
         [_template_file(holder.chat_template_jinja) for holder in (cfg, *entries)],
         tokenizer_fingerprint(tokenizer),
+        [type(processor).__name__, getattr(processor, "chat_template", None)],
         own_code_fingerprint(),
         [strategy_code_fingerprint(entry.type) for entry in entries],
         [strategy_code_fingerprint(entry.input_transform) for entry in entries],
-        datasets.__version__.split(".")[0],
+        [strategy_code_fingerprint(plugin) for plugin in cfg.plugins or []],
+        [importlib.metadata.version(library) for library in LIBRARIES],
     ):
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         digest.update(b"\0")
@@ -123,22 +182,53 @@ def _is_local(path: Any) -> bool:
     return isinstance(path, str) and "://" not in path and Path(path).expanduser().exists()
 
 
-def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str:
-    """What the source of an entry holds now: content of local files, the commit of a hub dataset, the tag of an URL."""
+def _known_fingerprint(entry: DictDefault, cfg: DictDefault) -> str:
+    """What a source holds, now or, when nobody answers, as last seen: rows that were prepared online serve offline too."""
+    root = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    identity = {key: entry[key] for key in ("path", "name", "revision", "data_files")}
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    seen = root / f"source-{digest}.json"
+    found = source_fingerprint(entry, bool(cfg.hf_use_auth_token))
+    if found is None:
+        if not seen.is_file():
+            return "unknown"
+        LOG.warning(
+            f"dataset `path: {entry.path}` cannot be reached; it is taken to be as it was when it was last prepared ({seen})."
+        )
+        return str(json.loads(seen.read_text(encoding="utf-8"))["fingerprint"])
+    if not _is_local(entry.path) and entry.type != SYNTHETIC:
+        _remember(seen, {**identity, "fingerprint": found})
+    return found
+
+
+def _remember(file: Path, content: dict[str, Any]) -> None:
+    aside = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        LOG.debug(f"{file} cannot be written ({error}): without network, prepared rows will not be found")
+
+
+def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str | None:
+    """What the source of an entry holds now: content of local files, the commit of a hub dataset, the tag of an URL.
+
+    None when it is elsewhere and cannot be asked.
+    """
     path = str(entry.path)
     if entry.type == SYNTHETIC:
         return SYNTHETIC
     if path.startswith(("https://", "http://")):
         return _web_fingerprint(path)
     if "://" in path:
-        return _url_fingerprint(path)
+        return _url_fingerprint(path, entry)
+    named = files.named_files(entry)
+    if named is not None:
+        return json.dumps([file_fingerprint(file) for file in named])
     local = Path(path).expanduser()
-    if local.is_file():
-        return file_fingerprint(local)
     if local.is_dir():
         return folder_fingerprint(local)
-    if names_reader(entry):
-        return json.dumps([file_fingerprint(file) for file in local_data_files(entry)])
     return _hub_fingerprint(path, entry.revision, use_auth_token)
 
 
@@ -150,46 +240,60 @@ def file_fingerprint(file: Path) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of names and contents of all files below, without what `datasets` caches there."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+    """Digest of names and contents of all files below, without hidden ones and what `datasets` caches there."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file.relative_to(folder)}\0{file_fingerprint(file)}\0".encode())
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if file.is_file() and not file.name.startswith("cache-") and not any(part[0] == "." for part in inside.parts):
+            digest.update(f"{inside}\0{file_fingerprint(file)}\0".encode())
     return digest.hexdigest()
 
 
-def _url_fingerprint(url: str) -> str:
+def _url_fingerprint(url: str, entry: DictDefault) -> str | None:
     """Size and tag of what an URL names, as far as its server tells; a folder by its listing."""
     try:
-        filesystem, inner = fsspec.core.url_to_fs(url)
-        found = filesystem.find(inner, detail=True) if filesystem.isdir(inner) else {inner: filesystem.info(inner)}
-    except (OSError, ValueError, ImportError) as error:
+        filesystem, inner = remote.connect(url)
+        if entry.data_files:
+            found = {name: filesystem.info(name) for name in remote.remote_files(url, entry)}
+        else:
+            found = filesystem.find(inner, detail=True) or {inner: filesystem.info(inner)}
+    except remote.STORE_ERRORS as error:
         LOG.debug(f"{url}: no fingerprint ({error})")
-        return url
-    tags = ("ETag", "etag", "size", "mtime", "LastModified", "last_modified", "updated", "generation", "content_md5")
+        return None
+    tags = (
+        "ETag",
+        "etag",
+        "size",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "generation",
+        "content_md5",
+        "md5",
+    )
     return json.dumps([[name, [str(info.get(tag)) for tag in tags]] for name, info in sorted(found.items())])
 
 
-def _web_fingerprint(url: str) -> str:
+def _web_fingerprint(url: str) -> str | None:
     """What the server says about a file: its tag, date and size."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS) as answer:
             headers = {name: answer.headers.get(name) for name in ("ETag", "Last-Modified", "Content-Length")}
-    except OSError as error:
+    except (OSError, ValueError) as error:
         LOG.debug(f"{url}: no fingerprint ({error})")
-        return url
+        return None
     return json.dumps([url, headers])
 
 
-def _hub_fingerprint(repo: str, revision: str | None, use_auth_token: bool) -> str:
-    """The commit of a hub dataset. Offline, the revision as written: the local copy does not change by itself."""
+def _hub_fingerprint(repo: str, revision: str | None, use_auth_token: bool) -> str | None:
+    """The commit of a hub dataset."""
     try:
-        return str(
-            HfApi().dataset_info(repo, revision=revision, token=True if use_auth_token else None, timeout=10).sha
-        )
+        token = True if use_auth_token else None
+        return str(HfApi().dataset_info(repo, revision=revision, token=token, timeout=TIMEOUT_SECONDS).sha)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         LOG.debug(f"{repo}: the hub gives no commit ({type(error).__name__})")
-        return f"offline:{revision}"
+        return None
 
 
 def _template_file(template: str | None) -> str | None:
@@ -239,15 +343,63 @@ def own_code_fingerprint() -> str:
 
 
 def strategy_code_fingerprint(strategy: Any) -> str | None:
-    """Digest of the module of a strategy of the user's own, a dotted path outside this package's strategies."""
+    """Digest of the module of a strategy or plugin of the user's own, a dotted path, and of the modules that it imports."""
     if not isinstance(strategy, str) or "." not in strategy:
         return None
     parts = strategy.split(":")[0].split(".")
     for stop in range(len(parts), 0, -1):
-        try:
-            spec = importlib.util.find_spec(".".join(parts[:stop]))
-        except (ImportError, ValueError):
-            continue
-        if spec is not None and spec.origin and Path(spec.origin).is_file():
-            return file_fingerprint(Path(spec.origin))
+        origin = _code_of(".".join(parts[:stop]))
+        if origin is not None:
+            found: dict[str, str] = {}
+            _add_code(".".join(parts[:stop]), origin, found)
+            return json.dumps(sorted(found.values()))
     return None
+
+
+def _code_of(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
+
+
+def _add_code(module: str, origin: Path, found: dict[str, str]) -> None:
+    """Add the digests of a module and of what it imports that is neither a library nor this package."""
+    found[module] = file_fingerprint(origin)
+    if origin.suffix != ".py":
+        return
+    try:
+        tree = ast.parse(origin.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # importing it will say so
+    for name in sorted(_imports(tree, module, origin.name == "__init__.py") - set(found)):
+        place = _code_of(name) if _is_users(name.partition(".")[0]) else None
+        if place is not None:
+            _add_code(name, place, found)
+
+
+def _imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            base = parts[: len(parts) - node.level + (1 if is_package else 0)] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return names - {""}
+
+
+def _is_users(package: str) -> bool:
+    """Whether a top-level package is neither a library nor this one. Looking for it imports nothing."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    if spec is None or package == "axolotl" or spec.origin in ("built-in", "frozen"):
+        return False
+    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.origin else [])]
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not any(Path(place).is_relative_to(folder) for place in places for folder in libraries)

@@ -8,9 +8,12 @@ as the same Python object.
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,31 @@ import fsspec
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
+from datasets.features.features import register_feature
 
 from axolotl.exceptions import DatasetError
 
 ROWS_PER_BLOCK = 10_000
 BYTES_PER_BLOCK = 32 << 20
 INT64 = range(-(2**63), 2**63)
+
+
+@dataclass
+class ExactJson(datasets.Json):
+    """A column of JSON texts that come back as they were written.
+
+    That of `datasets` reads with a parser that gets the last digits of long numbers wrong and fails on large ones.
+    """
+
+    _type: str = field(default="ExactJson", init=False, repr=False)
+
+    def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if example_data is None else json.loads(example_data)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # "experimental": there is no other way to name a column's type
+    register_feature(ExactJson, "ExactJson")
 
 # Kinds of column, from what its values are. "null" and "list_null" join with what later rows bring.
 KINDS: dict[str, Any] = {
@@ -41,16 +63,21 @@ KINDS: dict[str, Any] = {
 
 def can_read(files: Sequence[Path]) -> bool:
     """Whether the files are meant as rows: one per line, or one list. An object over many lines is left to `datasets`."""
-    return hasattr(datasets, "Json") and all(_holds_rows(file) for file in files)
+    return all(_holds_rows(file) for file in files)
 
 
 def _holds_rows(file: Path) -> bool:
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
-        head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+    head = _head(file)
     if not head.startswith(b"{"):
         return True  # a list, or nothing that can be read: `read` says which line is wrong
     line = head.partition(b"\n")[0].rstrip()
     return line.endswith(b"}") or len(line) >= (1 << 16) - 4
+
+
+def _head(file: Path) -> bytes:
+    """The first 64 KB after byte order mark and blanks. Opened by itself: some compressions cannot be read backwards."""
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        return stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
 def iter_rows(files: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -91,12 +118,15 @@ def _write(files: Sequence[Path], kinds: dict[str, str], target: Path) -> bool:
         columns = {
             name: [row.get(name) for row in block] for name in {**kinds, **{key: 0 for row in block for key in row}}
         }
+        for name in filter(lambda name: "\0" in name, columns):
+            row = num_rows - len(block) + next(index for index, row in enumerate(block) if name in row)
+            raise DatasetError(f"row {row}: the name of field {_short(name)} holds a zero byte. Rename the field.")
         for name, values in columns.items():
             kinds[name] = join_kinds(kinds.get(name, "null"), kind_of_column(values))
         if writer is not None and kinds != before:
             writer.close()
             return False
-        features = Features({name: KINDS[kind] if kind in KINDS else datasets.Json() for name, kind in kinds.items()})
+        features = Features({name: KINDS[kind] if kind in KINDS else ExactJson() for name, kind in kinds.items()})
         if writer is None:
             writer = ArrowWriter(features=features, path=str(target))
         arrays = []
@@ -184,10 +214,11 @@ def _blocks(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _rows(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    is_list = _head(file).startswith(b"[")
     with fsspec.open(str(file), "rb", compression="infer") as stream:
-        start = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
-        if start.startswith(b"["):
+        if file.suffix.lower() == ".zst":
+            stream = io.BufferedReader(stream)  # that of zstandard has no lines
+        if is_list:
             yield from _list_rows(file, stream.read())
             return
         for number, line in enumerate(stream, 1):

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 
 from axolotl.utils.data.rows import IGNORE_INDEX, count_trained_tokens
 from axolotl.utils.logging import get_logger
@@ -59,6 +57,9 @@ def log_report(report: dict[str, Any]) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """The report as a table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title="Dataset", show_header=False)
     table.add_column(style="bold")
     table.add_column()

@@ -17,6 +17,7 @@ from axolotl.exceptions import DatasetError
 from axolotl.utils.samplers.utils import get_dataset_lengths, list_lengths
 
 IGNORE_INDEX = -100
+FILTERED = "left out by `filter_rows` of the strategy"
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 

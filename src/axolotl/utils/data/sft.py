@@ -20,13 +20,21 @@ import datasets
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from axolotl.datasets import TokenizedPromptDataset
 from axolotl.exceptions import DatasetError
 from axolotl.utils.data import cache, report
 from axolotl.utils.data.dedup import drop_duplicates
-from axolotl.utils.data.fingerprint import dataset_key
+from axolotl.utils.data.fingerprint import WatchedConfig, changed_read, dataset_key
+from axolotl.utils.data.hub_copy import load_pushed, push_prepared
 from axolotl.utils.data.lock import hold_lock
-from axolotl.utils.data.rows import add_pose_position_ids, apply_length_policy, count_trained_tokens, select_rows
-from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
+from axolotl.utils.data.rows import (
+    FILTERED,
+    add_pose_position_ids,
+    apply_length_policy,
+    count_trained_tokens,
+    select_rows,
+)
+from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, read_shard, take_shard
 from axolotl.utils.data.steps import calculate_total_num_steps, packing_summary
 from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.data.streaming import is_streamed, prepare_streaming_dataset
@@ -128,29 +136,40 @@ def prepare_part(
     """
     root = Path(cfg.dataset_prepared_path or DEFAULT_PREPARED_PATH)
     entries = [DictDefault(entry) for entry in entries]
-    key = dataset_key(cfg, entries, tokenizer, part)
+    key = dataset_key(cfg, entries, tokenizer, part, processor)
     folder = root / key
-    keep_in_memory = bool(cfg.dataset_keep_in_memory)
     rebuild = os.environ.get("AXOLOTL_IS_PREPROCESS") == "1"
-    found = None if rebuild else cache.load_prepared(folder, keep_in_memory)
+    found = None if rebuild else _from_disk(cfg, folder)
     if found is not None:
         LOG.info(f"prepared dataset ({part}) with the same content found in {folder}: {len(found[0]):,} rows")
         return found
     with hold_lock(root / f"{key}.lock"):
-        found = None if rebuild else cache.load_prepared(folder, keep_in_memory) or _from_hub(cfg, key)
+        found = None if rebuild else _from_disk(cfg, folder) or _from_hub(cfg, key)
         if found is not None:
             return found
         with cache.build_folder(root, key) as aside, _scratch(aside):
-            dataset, found_report = build_rows(cfg, entries, tokenizer, processor, part, str(aside))
+            watched = WatchedConfig(cfg)
+            dataset, found_report = build_rows(watched, entries, tokenizer, processor, part, str(aside))
+            found_report["reads"] = watched.reads_beyond_key()
             cache.save_prepared(dataset, folder, found_report, aside, cfg.num_dataset_shards_to_save)
             del dataset
         LOG.info(f"prepared dataset ({part}) written to {folder}")
-        found = cache.load_prepared(folder, keep_in_memory)
+        found = _from_disk(cfg, folder)
     if found is None:
         raise DatasetError(f"the prepared dataset in {folder} was damaged right after it was written. Check the disk.")
-    if cfg.push_dataset_to_hub and int(os.environ.get("RANK", "0")) == 0:
-        found[0].push_to_hub(cfg.push_dataset_to_hub, config_name=key, private=True)
+    if cfg.push_dataset_to_hub:
+        push_prepared(found[0], cfg.push_dataset_to_hub, key)
     return found
+
+
+def _from_disk(cfg: DictDefault, folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
+    """The prepared dataset in a folder, if it was made with the values of all keys that its strategies read."""
+    found = cache.load_prepared(folder, bool(cfg.dataset_keep_in_memory))
+    key = found and changed_read(cfg, found[1].get("reads", {}))
+    if found is None or key is None:
+        return found
+    LOG.info(f"the prepared dataset in {folder} was made with another `{key}`; it is built again.")
+    return None
 
 
 @contextmanager
@@ -169,15 +188,8 @@ def _scratch(folder: Path) -> Iterator[None]:
 
 def _from_hub(cfg: DictDefault, key: str) -> tuple[Dataset, dict[str, Any]] | None:
     """The prepared dataset that an earlier run pushed to `push_dataset_to_hub`."""
-    if not cfg.push_dataset_to_hub:
-        return None
-    try:
-        pushed = datasets.load_dataset(
-            cfg.push_dataset_to_hub, key, split="train", token=True if cfg.hf_use_auth_token else None
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError):
-        return None
-    return pushed, report.summarize(pushed, [])
+    pushed = load_pushed(cfg.push_dataset_to_hub, key) if cfg.push_dataset_to_hub else None
+    return None if pushed is None else (pushed, report.summarize(pushed, []))
 
 
 def build_rows(
@@ -223,8 +235,11 @@ def build_entry(
         raise DatasetError(f"dataset {name} is empty.")
     raw = take_shard(raw, entry, int(cfg.seed or 0))
     rows_read = len(raw)
+    if not rows_read:
+        return raw, {"name": name, "rows_read": 0, "rows_made": 0, "rows_kept": 0, "dropped": {}, "truncated": 0}
     tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor)
-    rows_made = len(tokens)
+    num_filtered = tokens.num_filtered if isinstance(tokens, TokenizedPromptDataset) else 0
+    rows_made = len(tokens) + num_filtered
     tokens = _with_lengths(tokens)
     sequence_len, key = _sequence_len(cfg, part)
     tokens, dropped, truncated = apply_length_policy(
@@ -240,9 +255,11 @@ def build_entry(
         if not trained.all():
             dropped["without a trained token"] = int((~trained).sum())
             tokens = select_rows(tokens, trained)
+    if num_filtered:
+        dropped[FILTERED] = num_filtered
     if cfg.use_pose:
         tokens = _with_pose(tokens, cfg)
-    if part == "train" and any(other.weight is not None for other in cfg.datasets or []):
+    if part == "train" and len(tokens) and any(other.weight is not None for other in cfg.datasets or []):
         tokens = tokens.add_column(WEIGHT, np.full(len(tokens), entry.weight or 1.0))
     for reason, count in dropped.items():
         LOG.warning(f"dataset {name}: {count:,} of {rows_made:,} rows dropped: {reason}")
@@ -308,9 +325,12 @@ def merge_datasets(prepared: Sequence[Dataset], cfg: DictDefault) -> tuple[Datas
         LOG.info(f"{num_duplicates:,} duplicate rows dropped (`dataset_exact_deduplication: true`)")
     if shuffle:
         merged = merged.shuffle(seed=seed)
-    if cfg.dataset_shard_num and cfg.dataset_shard_idx is not None:
-        merged = merged.shard(num_shards=int(cfg.dataset_shard_num), index=int(cfg.dataset_shard_idx))
-    return merged, num_duplicates
+    num_shards, shard = read_shard(cfg)
+    if num_shards > len(merged):
+        raise DatasetError(
+            f"`dataset_shard_num: {num_shards}` is more than the {len(merged):,} rows there are. Write a smaller number."
+        )
+    return merged if num_shards == 1 else merged.shard(num_shards=num_shards, index=shard), num_duplicates
 
 
 def _alike(prepared: Sequence[Dataset]) -> list[Dataset]:

@@ -342,7 +342,7 @@ def test_synthetic_rows(config, tokenizer):
         "path": "synthetic",
         "type": "_synthetic",
         "length": 9,
-        "sequence_len": 12,
+        "sequence_length": 12,
         "min_input_id": 5,
         "max_input_id": 8,
     }
@@ -387,3 +387,68 @@ def test_weight_is_how_often_rows_are_used_and_held_out_rows_stay_out(tmp_path, 
             assert not evaluated & set(texts)
             assert "dataset_weight" not in prepared.evaluation.column_names
     assert counts[0] == {"a": 50, "b": 10, "c": 20}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_a_strategy_leaves_out_are_counted(config, tokenizer, tmp_path, monkeypatch, streaming):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "filtering_of_sft_test").mkdir()
+    (tmp_path / "filtering_of_sft_test/short.py").write_text(
+        "from axolotl.prompt_strategies.completion import load as load_completion\n"
+        "def load(tokenizer, cfg, ds_cfg=None):\n"
+        "    strategy = load_completion(tokenizer, cfg, ds_cfg)\n"
+        "    strategy.filter_rows = lambda row: len(row['text']) < 5\n"
+        "    return strategy\n"
+    )
+    path = write(tmp_path / "t.jsonl", [{"text": "a" * n} for n in range(1, 11)])
+    cfg = config(
+        datasets=[{"path": str(path), "type": "filtering_of_sft_test.short"}], streaming=streaming, max_steps=1
+    )
+    if streaming:
+        _, position = next(prepare(cfg, tokenizer).train.read())
+        (dropped,) = position["dropped_now"].values()
+    else:
+        (entry,) = prepare(cfg, tokenizer).report["datasets"]
+        dropped = entry["dropped"]
+        assert entry["rows_made"] - sum(dropped.values()) == entry["rows_kept"] == 4
+    assert dropped == {"left out by `filter_rows` of the strategy": 6}
+
+
+def test_more_pieces_than_rows(config, tokenizer):
+    rows = [{"instruction": f"q{n}", "input": "", "output": f"a{n}"} for n in range(3)]
+    cfg = config(rows, sequence_len=400)
+    cfg.datasets[0]["preprocess_shards"] = 5
+    assert len(prepare(cfg, tokenizer).train) == 3
+    cfg.datasets[0] = DictDefault({**cfg.datasets[0], "preprocess_shards": None, "shards": 5, "shards_idx": 4})
+    with pytest.raises(DatasetError, match=r"`shards: 5`.*more than its 3 rows"):
+        prepare(cfg, tokenizer)
+
+
+def test_a_weighted_dataset_of_which_nothing_is_left(config, tokenizer, tmp_path):
+    good = write(tmp_path / "good.jsonl", [{"text": "some words"}] * 4)
+    short = write(tmp_path / "short.jsonl", [{"text": ""}] * 4)
+    entries = [{"path": str(path), "type": "completion", "weight": 2} for path in (good, short)]
+    assert len(prepare(config(datasets=entries, min_sample_len=5), tokenizer).train) == 8
+
+
+def test_a_part_of_all_rows(config, tokenizer):
+    rows = token_rows(10)
+    parts = [
+        all_ids(prepare(config(rows, dataset_shard_num=3, dataset_shard_idx=index), tokenizer).train)
+        for index in range(3)
+    ]
+    assert sorted(ids for part in parts for ids in part) == sorted(row["input_ids"] for row in rows)
+    assert [len(part) for part in parts] == [4, 3, 3]
+    assert len(prepare(config(rows, dataset_shard_num=3), tokenizer).train) == 10
+    with pytest.raises(DatasetError, match="`dataset_shard_idx: 3` must be from 0 to 2"):
+        prepare(config(rows, dataset_shard_num=3, dataset_shard_idx=3), tokenizer)
+    with pytest.raises(DatasetError, match="`dataset_shard_num: 30` is more than the 10 rows"):
+        prepare(config(rows, dataset_shard_num=30, dataset_shard_idx=3), tokenizer)
+
+
+@pytest.mark.parametrize("files", [1, 4, 25])
+def test_number_of_files(config, tokenizer, files):
+    cfg = config(token_rows(10), num_dataset_shards_to_save=files, shuffle_merged_datasets=False)
+    rows = token_rows(10)
+    assert all_ids(prepare(cfg, tokenizer).train) == [row["input_ids"] for row in rows]
+    assert len(list(Path(cfg.dataset_prepared_path).glob("*/*.arrow"))) == min(files, 10)

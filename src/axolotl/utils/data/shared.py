@@ -6,42 +6,39 @@ of the Hugging Face hub. Everything comes back as a memory-mapped Arrow dataset,
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DownloadConfig,
+    DownloadManager,
+    IterableDataset,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from datasets.packaged_modules.json.json import Json
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from axolotl.exceptions import DatasetError
-from axolotl.utils.data import json_lines, remote
+from axolotl.utils.data import files, remote
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-    ".txt": ("text", {}),
-    ".text": ("text", {}),
-    ".md": ("text", {}),
-}
-"""File extension -> reader of `datasets` and its arguments. A compression suffix is taken off first."""
-
-READER_NAMES = frozenset(reader for reader, _ in READERS.values())
-"""Values of `path` that name a reader and no dataset: the files are those of `data_files`."""
-
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
-
 READ_ERRORS = (DatasetsError, DatasetGenerationError, pa.ArrowException, ValueError, OSError, KeyError, StopIteration)
+
+LONGEST_CAUSE = 300
+
+_CONFIGS = re.compile(r"(?:available configs|BuilderConfig '.*' not found\. Available): \[([^\]]*)\]")
 
 
 def datasets_with_name_generator(dataset_configs: Sequence[DictDefault]) -> Iterator[DictDefault]:
@@ -84,161 +81,139 @@ def load_dataset_with_config(
         )
     try:
         return _open(str(path), dataset_config, use_auth_token, streaming, cache_dir)
-    except DatasetError:
-        raise
+    except DatasetError as error:
+        if str(path) in str(error):
+            raise
+        raise DatasetError(f"dataset `path: {path}`: {error}") from error
     except DatasetNotFoundError as error:
         raise DatasetError(
-            f"dataset `path: {path}` is neither a local file or folder nor found on the Hugging Face hub. Check the spelling; "
-            f"for a private or gated dataset log in (`hf auth login`) and write `hf_use_auth_token: true`. ({error})"
+            f"dataset `path: {path}` is no local file or folder, and the Hugging Face hub does not give it: {error} Check the "
+            "spelling and `revision`; for a private or gated dataset log in (`hf auth login`) and write `hf_use_auth_token: true`."
         ) from error
     except (ConnectionError, OfflineModeIsEnabled, HTTPError) as error:
+        copy = _open_copy(str(path), dataset_config, streaming, cache_dir)
+        if copy is not None:
+            return copy
         raise DatasetError(
             f"dataset `path: {path}` is no local file or folder, and the Hugging Face hub cannot be reached ({error}). "
             "Check the path and the network, or download the dataset and give its local path."
         ) from error
     except READ_ERRORS as error:
+        check_disk(error)
         raise DatasetError(f"dataset `path: {path}` cannot be read: {first_cause(error)}") from error
+
+
+def check_disk(error: BaseException | None) -> None:
+    """Raise the error that a full disk caused, if one did: it is no fault of the data."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 def first_cause(error: BaseException) -> str:
     """What an error of a reader comes from, in a line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = " ".join(str(error).split())
+    configs = _CONFIGS.search(text)
+    if configs is not None:
+        return f"its configurations are {configs[1]}. Write one of them as `name`."
+    text = text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _open_copy(
+    path: str, config: DictDefault, streaming: bool, cache_dir: str | None
+) -> Dataset | IterableDataset | None:
+    """A hub dataset as an earlier run or `hf download` left it on this machine; None when it did not."""
+    try:
+        folder = snapshot_download(path, repo_type="dataset", revision=config.revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        folder = None
+    if folder is not None:
+        LOG.warning(f"the Hugging Face hub cannot be reached: dataset `path: {path}` is read from its copy in {folder}")
+        return _open(folder, DictDefault({**config, "path": folder}), None, streaming, cache_dir)
+    try:
+        common = {"split": config.split or "train", "streaming": streaming}
+        return load_dataset(path, name=config.name, revision=config.revision, data_files=config.data_files, **common)
+    except (ConnectionError, OfflineModeIsEnabled, HTTPError, ValueError, DatasetsError):
+        return None
 
 
 def _open(
     path: str, config: DictDefault, use_auth_token: bool | None, streaming: bool, cache_dir: str | None
 ) -> Dataset | IterableDataset:
-    split = config.split or "train"
-    common = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    common = {"split": files.split_of_files(config), "streaming": streaming, "cache_dir": cache_dir}
     if path.startswith(("https://", "http://")):
-        return _open_files([remote.download(path, cache_dir)], config, common)
+        return files.open_files([remote.download(path, cache_dir)], config, common)
     if "://" in path:
-        return remote.open_url(path, config, split, common, reader_of)
+        return remote.open_url(path, config, common)
+    named = files.named_files(config)
+    if named is not None:
+        if files.names_reader(config):
+            config = DictDefault({**config, "ds_type": path})
+        return files.open_files(named, config, common)
     local = Path(path).expanduser()
+    common["split"] = config.split or "train"
     if local.is_dir():
-        return _open_folder(local, config, split, common)
-    if local.is_file():
-        return _open_files([local], config, common)
-    if names_reader(config):
-        return _open_files(local_data_files(config), DictDefault({**config, "ds_type": path}), common)
+        return _open_folder(local, config, common)
     if _looks_local(path):
-        raise DatasetError(f"dataset `path: {path}` does not exist (looked for {local.resolve()}). Check the path.")
-    token = True if use_auth_token else None
-    files = {"data_files": _as_list(config.data_files)} if config.data_files else {}
-    return load_dataset(path, name=config.name, revision=config.revision, token=token, **files, **common)
-
-
-def _open_folder(folder: Path, config: DictDefault, split: str, common: dict[str, Any]) -> Dataset | IterableDataset:
-    if config.data_files:
-        return _open_files([folder / name for name in _as_list(config.data_files)], config, common)
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        opened = take_split(load_from_disk(str(folder)), split, str(folder))
-        return opened.to_iterable_dataset() if common["streaming"] else opened
-    files = sorted(file for file in folder.iterdir() if file.is_file() and reader_of(file.name) is not None)
-    kinds = {reader[0] for file in files if (reader := reader_of(file.name)) is not None}
-    has_card = (folder / "README.md").exists()
-    if config.name or has_card or any(entry.is_dir() for entry in folder.iterdir()) or not files:
-        return load_dataset(str(folder), name=config.name, **common)
-    files = [file for file in files if file.suffix != ".md"]
-    if len(kinds) > 1 and not config.ds_type:
+        hint = " For several files write the folder as `path` and the pattern as `data_files`." if "*" in path else ""
         raise DatasetError(
-            f"dataset `path: {folder}` holds files of several kinds ({', '.join(sorted(kinds))}). Name those to read under "
-            "`data_files`."
+            f"dataset `path: {path}` does not exist (looked for {local.resolve()}). Check the path.{hint}"
         )
-    if kinds == {"json"} and not any(file.name.startswith(("train", "test", "valid", "dev", "eval")) for file in files):
-        return _open_files(files, config, common)
-    return load_dataset(str(folder), **common)
+    data_files = {"data_files": config.data_files} if config.data_files else {}
+    return _open_repository(path, config, True if use_auth_token else None, common, data_files)
 
 
-def _open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any]) -> Dataset | IterableDataset:
-    """Local files of one kind. Names may hold `*`."""
-    found = [match for file in files for match in _matches(file)]
-    if all(file.stat().st_size == 0 for file in found):
-        raise DatasetError(f"dataset file {', '.join(map(str, found))} is empty.")
-    reader, arguments = _reader(found[0].name, config)
-    names = [str(file) for file in found]
-    if reader == "json" and json_lines.can_read(found):
-        if common["streaming"]:
-            return IterableDataset.from_generator(json_lines.iter_rows, gen_kwargs={"files": names})
-        cache_dir = common["cache_dir"]
-        return take_split(json_lines.read(found, cache_dir), common["split"], names[0])
-    return load_dataset(reader, data_files=names, **arguments, **common)
+def _open_folder(folder: Path, config: DictDefault, common: dict[str, Any]) -> Dataset | IterableDataset:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return files.open_saved(str(folder), config, common["streaming"])
+    found = files.files_of_folder(folder, config) if not config.name else []
+    has_card = (folder / "README.md").exists()
+    if not has_card and found and not _is_split_in_files(folder, found):
+        return files.open_files(found, config, common)
+    if config.ds_type and found:
+        return files.open_files(found, config, common)
+    return _open_repository(str(folder), config, None, common, {})
 
 
-def _matches(file: Path) -> list[Path]:
-    if file.is_file():
-        return [file]
-    matches = sorted(match for match in file.parent.glob(file.name) if match.is_file())
-    if not matches:
-        raise DatasetError(f"dataset file {file} does not exist. Check `path` and `data_files`.")
-    return matches
+def _is_split_in_files(folder: Path, found: Sequence[Path]) -> bool:
+    """Whether names tell splits apart, as those of a hub repository do."""
+    folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_"))]
+    return bool(folders) or any(file.name.startswith(("train", "test", "valid", "dev", "eval")) for file in found)
 
 
-def names_reader(config: DictDefault) -> bool:
-    """Whether `path` is a reader such as `json`, and `data_files` names local files."""
-    return str(config.path) in READER_NAMES and all("://" not in name for name in _as_list(config.data_files or "://"))
-
-
-def local_data_files(config: DictDefault) -> list[Path]:
-    """The files of `data_files`, where names may hold `*`.
-
-    Raises:
-        DatasetError: one is not there.
-    """
-    return [match for name in _as_list(config.data_files) for match in _matches(Path(name).expanduser())]
-
-
-def _as_list(value: Any) -> list[str]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _open_repository(
+    path: str, config: DictDefault, token: bool | None, common: dict[str, Any], data_files: dict[str, Any]
+) -> Dataset | IterableDataset:
+    """A repository of the hub, or a folder laid out like one. JSON in it is read by us: exactly as it is written."""
+    where = {"name": config.name, "revision": config.revision, "token": token, **data_files}
+    if common["streaming"]:
+        return load_dataset(path, **where, **common)
+    builder = load_dataset_builder(path, cache_dir=common["cache_dir"], **where)
+    found = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
+    if not found or not isinstance(builder, Json) or builder.info.features:
+        builder.download_and_prepare()
+        return cast(Dataset, builder.as_dataset(split=common["split"]))
+    splits = [part.strip().partition("[")[0] for part in common["split"].split("+")]
+    if "all" in splits:
+        splits = list(found)
+    files.check_split(common["split"], list(found), path)
+    manager = DownloadManager(dataset_name=path, download_config=DownloadConfig(token=token))
+    whole = {"split": "train", "streaming": False, "cache_dir": common["cache_dir"]}
+    json_config = DictDefault(path=path, ds_type="json")
+    parts = {}
+    for name in dict.fromkeys(splits):
+        local = [Path(file) for file in manager.download(list(found[name]))]
+        parts[name] = files.open_files(local, json_config, whole)
+    return files.take_split(DatasetDict(parts), common["split"], path)
 
 
 def _looks_local(path: str) -> bool:
     """A path that nobody means as a hub name: it starts like one of a file system, or ends like a data file."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or reader_of(path) is not None
-
-
-def reader_of(name: str) -> tuple[str, dict[str, Any]] | None:
-    """The reader for a file name, by its extension."""
-    for suffix in COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    return READERS.get(Path(name).suffix.lower())
-
-
-def _reader(name: str, config: DictDefault) -> tuple[str, dict[str, Any]]:
-    by_name = reader_of(name)
-    if config.ds_type:
-        if by_name and by_name[0] == config.ds_type:
-            return by_name
-        return READERS.get(f".{config.ds_type}", (config.ds_type, {}))
-    return by_name or ("json", {})
-
-
-def take_split(loaded: Dataset | DatasetDict, split: str, path: str) -> Dataset:
-    """The rows of a split, also of a part such as `train[:10%]`, from data that is already open.
-
-    Raises:
-        DatasetError: the split is not there; names those that are.
-    """
-    parts = loaded if isinstance(loaded, DatasetDict) else DatasetDict({split.partition("[")[0]: loaded})
-    name = split.partition("[")[0]
-    if name not in parts:
-        raise DatasetError(
-            f"dataset `path: {path}` has no split {name!r}. Write `split:` as one of: {', '.join(parts)}."
-        )
-    if split == name:
-        return parts[name]
-    try:
-        pieces = ReadInstruction.from_spec(split).to_absolute({key: len(value) for key, value in parts.items()})
-    except (ValueError, AssertionError) as error:
-        raise DatasetError(f"dataset `path: {path}` has no rows for `split: {split}`: {error}") from error
-    rows = [
-        index
-        for piece in pieces
-        for index in range(piece.from_ or 0, len(parts[name]) if piece.to is None else piece.to)
-    ]
-    return parts[name].select(rows)
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or files.reader_of(path) is not None
 
 
 def take_shard(dataset: Dataset, config: DictDefault, seed: int) -> Dataset:
@@ -251,6 +226,33 @@ def take_shard(dataset: Dataset, config: DictDefault, seed: int) -> Dataset:
     index = int(config.shards_idx or 0)
     if not 0 <= index < config.shards:
         raise DatasetError(f"`shards_idx: {index}` of dataset {config.path} must be from 0 to {config.shards - 1}.")
+    if index >= len(dataset):
+        if config.preprocess_shards:
+            return dataset.select([])  # more pieces than rows
+        raise DatasetError(
+            f"`shards: {config.shards}` of dataset `path: {config.path}` is more than its {len(dataset):,} rows, so part {index} is "
+            "empty. Write a smaller number."
+        )
     if not config.preprocess_shards:
         dataset = dataset.shuffle(seed=seed)
     return dataset.shard(num_shards=int(config.shards), index=index)
+
+
+def read_shard(cfg: DictDefault) -> tuple[int, int]:
+    """`(n, i)`: of all rows, part i of n is used (`dataset_shard_num`, `dataset_shard_idx`).
+
+    Raises:
+        DatasetError: there is no such part.
+    """
+    number, index = cfg.dataset_shard_num, cfg.dataset_shard_idx
+    if number is None or index is None:
+        if number is not None or index is not None:
+            LOG.warning_once(
+                "all rows are used: `dataset_shard_num` and `dataset_shard_idx` choose a part only together"
+            )
+        return 1, 0
+    if not 0 <= int(index) < int(number):
+        raise DatasetError(
+            f"`dataset_shard_idx: {index}` must be from 0 to {int(number) - 1} (`dataset_shard_num: {number}`)."
+        )
+    return int(number), int(index)

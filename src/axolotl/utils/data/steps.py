@@ -7,11 +7,12 @@ import os
 from typing import Any
 
 from datasets import Dataset
+from torch.utils.data import BatchSampler
 
 from axolotl.utils.data.rows import count_trained_tokens
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from axolotl.utils.samplers.epoch import EpochSampler
+from axolotl.utils.samplers.epoch import EpochSampler, EvenBatches
 from axolotl.utils.samplers.geometry import packing_geometry
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
 from axolotl.utils.samplers.utils import get_dataset_lengths
@@ -25,16 +26,13 @@ def data_parallel_size(cfg: DictDefault) -> int:
     return max(1, world // int(cfg.tensor_parallel_size or 1) // int(cfg.context_parallel_size or 1))
 
 
-def build_multipack_sampler(
-    dataset: Dataset, cfg: DictDefault, *, is_eval: bool = False, num_ranks: int | None = None
-) -> MultipackBatchSampler:
+def build_multipack_sampler(dataset: Dataset, cfg: DictDefault, *, is_eval: bool = False) -> MultipackBatchSampler:
     """The packed batches of a dataset, as a config asks for them.
 
     Args:
         dataset: prepared rows.
         cfg: the packing keys, `seed` and the shuffle keys are read.
         is_eval: the evaluation set: its own sizes, and the order of the dataset.
-        num_ranks: data-parallel ranks; from `cfg` by default.
     """
     geometry = packing_geometry(cfg, is_eval)
     shuffle = not (is_eval or cfg.curriculum_sampling)
@@ -47,19 +45,19 @@ def build_multipack_sampler(
         sequential=bool(cfg.sample_packing_sequentially),
         group_size=int(cfg.sample_packing_group_size or 100_000),
         bin_size=int(cfg.sample_packing_bin_size or 200),
-        batch_multiple=num_ranks or data_parallel_size(cfg),
+        one_row=geometry.one_row,
     )
 
 
 def num_batches_per_rank(cfg: DictDefault, dataset: Dataset) -> int:
     """Micro-batches of one epoch on each data-parallel rank."""
-    ranks = data_parallel_size(cfg)
+    drop_last = bool(cfg.dataloader_drop_last)
     if cfg.sample_packing:
-        return len(build_multipack_sampler(dataset, cfg, num_ranks=ranks)) // ranks
-    size = int(cfg.micro_batch_size or 1)
-    if cfg.dataloader_drop_last:
-        return len(dataset) // size // ranks
-    return math.ceil(math.ceil(len(dataset) / size) / ranks)
+        batches = build_multipack_sampler(dataset, cfg)
+    else:
+        batches = BatchSampler(range(len(dataset)), int(cfg.micro_batch_size or 1), drop_last)
+    ranks = data_parallel_size(cfg)
+    return len(EvenBatches(batches, ranks, drop_last=drop_last)) // ranks
 
 
 def calculate_total_num_steps(cfg: DictDefault, train_dataset: Dataset, update: bool = True) -> int:
@@ -90,12 +88,12 @@ def _count_tokens(cfg: DictDefault, dataset: Dataset) -> None:
         cfg["total_supervised_tokens"] = int(count_trained_tokens(dataset).sum())
         LOG.debug(f"total_supervised_tokens: {cfg.total_supervised_tokens:_}")
     if cfg.sample_packing and not cfg.sample_packing_eff_est:
-        cfg["sample_packing_eff_est"] = build_multipack_sampler(dataset, cfg, num_ranks=1).efficiency()
+        cfg["sample_packing_eff_est"] = build_multipack_sampler(dataset, cfg).efficiency()
 
 
 def packing_summary(cfg: DictDefault, dataset: Dataset) -> dict[str, Any]:
     """How well the rows fill their bins, for the report."""
-    sampler = build_multipack_sampler(dataset, cfg, num_ranks=1)
+    sampler = build_multipack_sampler(dataset, cfg)
     return {
         "bins": sampler.plan.num_bins,
         "capacity": sampler.batch_max_len,

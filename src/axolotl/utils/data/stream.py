@@ -18,8 +18,9 @@ from torch.utils.data import IterableDataset
 
 from axolotl.datasets import TokenizeRows
 from axolotl.exceptions import DatasetError
+from axolotl.utils.data.rows import FILTERED
 from axolotl.utils.data.stream_mix import Draw, StreamMix
-from axolotl.utils.data.stream_rows import RowPolicy, TokenRow, as_token_rows, join_texts
+from axolotl.utils.data.stream_rows import RowPolicy, TokenRow, as_token_rows, count, join_texts, take_token_row
 from axolotl.utils.data.tokenize import TOKEN_COLUMNS
 from axolotl.utils.samplers.geometry import PackingGeometry
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
@@ -182,8 +183,10 @@ class TokenStream(IterableDataset):
         for group in self._groups(draws):
             source = group[0].source
             name = self.mix.sources[source].name
-            made = tokenize_rows(self.strategies[source], [d.row for d in group], [d.content for d in group], name)
-            kept = self.policy.apply(made, name, dropped.setdefault(name, {}))
+            counts = dropped.setdefault(name, {})
+            rows = [draw.content for draw in group]
+            made = tokenize_rows(self.strategies[source], [draw.row for draw in group], rows, name, counts)
+            kept = self.policy.apply(made, name, counts)
             block.rows += kept
             block.num_tokens += sum(len(row["input_ids"]) for row in kept)
 
@@ -223,19 +226,28 @@ class TokenStream(IterableDataset):
             drop_last=False,
             sequential=plan.sequential,
             bin_size=plan.bin_size,
+            one_row=plan.packing.one_row,
         )
         for bins in sampler:
             batch = [[rows[index] for index in bin_] for bin_ in bins]
             # The last batch of a block may have fewer bins; empty ones, which are padding, keep its shape.
-            yield batch + [[] for _ in range(plan.packing.num_rows - len(batch))]
+            yield batch + [[] for _ in range(0 if plan.packing.one_row else plan.packing.num_rows - len(batch))]
 
 
 def tokenize_rows(
-    strategy: TokenizeRows | None, numbers: list[int], rows: list[Mapping[str, Any]], name: str
+    strategy: TokenizeRows | None,
+    numbers: list[int],
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    counts: dict[str, int],
 ) -> list[TokenRow]:
-    """Tokens of some rows of a source. Rows that are tokens already are taken as they are."""
+    """Tokens of some rows of a source. Rows that are tokens already are taken as they are.
+
+    Rows that the strategy leaves out are added to `counts`.
+    """
     if TOKEN_COLUMNS.issubset(rows[0]):
-        return [token_row for row in rows for token_row in as_token_rows(row, name)]
+        pairs = zip(rows, numbers, strict=True)
+        return [token_row for row, number in pairs for token_row in take_token_row(row, number, name)]
     if strategy is None:
         raise DatasetError(
             f"dataset {name} has no `type`, and its rows hold no `input_ids` and `labels` (fields: {', '.join(rows[0])}). "
@@ -244,6 +256,8 @@ def tokenize_rows(
     keep = strategy.strategy.filter_rows
     if keep is not None:
         chosen = [index for index, row in enumerate(rows) if keep(row)]
+        if len(chosen) < len(rows):
+            count(counts, FILTERED, len(rows) - len(chosen))
         numbers, rows = [numbers[index] for index in chosen], [rows[index] for index in chosen]
     if not rows:
         return []

@@ -12,6 +12,7 @@ import numpy as np
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.data.rows import IGNORE_INDEX, PER_TOKEN, add_pose_position_ids
+from axolotl.utils.data.tokenize import TOKEN_COLUMNS
 from axolotl.utils.samplers.best_fit import pack_next_fit
 
 TokenRow = dict[str, np.ndarray]
@@ -40,6 +41,38 @@ def as_token_rows(made: Mapping[str, Any], name: str) -> list[TokenRow]:
             raise DatasetError(f"dataset {name}: the columns of a row have different lengths: {lengths}.")
         rows.append(row)
     return rows
+
+
+def take_token_row(row: Mapping[str, Any], number: int, name: str) -> list[TokenRow]:
+    """A row of a source that holds tokens already.
+
+    Raises:
+        DatasetError: a column is no list of whole numbers, or one is missing. Names dataset, row and field.
+    """
+    for key in PER_TOKEN:
+        value = row.get(key)
+        if value is None and key in TOKEN_COLUMNS:
+            raise DatasetError(f"dataset {name}, row {number}: field `{key}` is missing.")
+        if value is not None and not _are_tokens(value):
+            raise DatasetError(
+                f"dataset {name}, row {number}: field `{key}` must hold a list of whole numbers below 2**31."
+            )
+    try:
+        return as_token_rows(row, name)
+    except DatasetError as error:
+        raise DatasetError(f"row {number}: {error}") from error
+
+
+def _are_tokens(value: Any) -> bool:
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return False
+    try:
+        values = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return False
+    if values.ndim != 1 or not len(values):
+        return values.ndim == 1
+    return values.dtype.kind in "iu" and int(values.min()) >= -(2**31) and int(values.max()) < 2**31
 
 
 def join_texts(rows: Sequence[TokenRow], max_tokens: int, pad_token_id: int, fill: bool = False) -> list[TokenRow]:
@@ -107,7 +140,7 @@ class RowPolicy:
                     )
                 if self.strategy == "truncate":
                     row = {key: value[: self.sequence_len] for key, value in row.items()}
-                    _count(counts, f"cut to {self.sequence_len} tokens")
+                    count(counts, f"cut to {self.sequence_len} tokens")
                 else:
                     reason = f"longer than {self.sequence_len} tokens"
             elif length < self.min_len:
@@ -115,7 +148,7 @@ class RowPolicy:
             if reason is None and not (row["labels"][1:] != IGNORE_INDEX).any():
                 reason = "without a trained token"
             if reason is not None:
-                _count(counts, reason)
+                count(counts, reason)
                 continue
             kept.append(self._with_pose(row) if self.pose else row)
         return kept
@@ -131,5 +164,6 @@ class RowPolicy:
         return {**row, "position_ids": np.asarray(posed["position_ids"], dtype=np.int32)}
 
 
-def _count(counts: dict[str, int], reason: str) -> None:
-    counts[reason] = counts.get(reason, 0) + 1
+def count(counts: dict[str, int], reason: str, number: int = 1) -> None:
+    """Add to what became of rows."""
+    counts[reason] = counts.get(reason, 0) + number

@@ -17,6 +17,7 @@ from axolotl.datasets import TokenizeRows
 from axolotl.exceptions import ConfigError
 from axolotl.prompt_strategies.pretrain import PretrainTokenizationStrategy
 from axolotl.prompters import Prompter
+from axolotl.utils.data.shared import read_shard
 from axolotl.utils.data.stream import BlockPlan, TokenStream
 from axolotl.utils.data.stream_mix import StreamMix
 from axolotl.utils.data.stream_rows import RowPolicy, as_token_rows, join_texts
@@ -131,8 +132,7 @@ def _build_stream(
         join_to=int(cfg.sequence_len or 512) if joins else None,
         pad_token_id=_pad_token(tokenizer) if joins else 0,
     )
-    shard = (int(cfg.dataset_shard_num), int(cfg.dataset_shard_idx or 0)) if cfg.dataset_shard_num else (1, 0)
-    return TokenStream(mix, strategies, policy, plan, shard)
+    return TokenStream(mix, strategies, policy, plan, read_shard(cfg))
 
 
 def _strategy(entry: DictDefault, cfg: DictDefault, tokenizer: Any, processor: Any) -> TokenizeRows | None:

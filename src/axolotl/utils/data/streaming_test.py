@@ -404,3 +404,91 @@ def test_pose_positions_do_not_depend_on_the_reader():
     (a,), (b,) = policy.apply(rows, "d", {}), policy.apply(rows, "d", {})
     assert np.array_equal(a["position_ids"], b["position_ids"])
     assert (np.diff(a["position_ids"]) > 0).all()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 23), min_size=1, max_size=3),
+    parts=st.integers(1, 3),
+    num_readers=st.integers(1, 3),
+    num_rows=st.integers(1, 9),
+)
+@settings(max_examples=20, deadline=None)
+def test_shards_and_readers_share_every_row_once(sizes, parts, num_readers, num_rows):
+    """`dataset_shard_num` cuts the rows first, then the readers of a shard share them: no row twice, none left out."""
+    expected = {1000 * (i + 1) + row for i, size in enumerate(sizes) for row in range(size)}
+    seen: Counter = Counter()
+    for part, reader in itertools.product(range(parts), range(num_readers)):
+        stream = make_stream(sizes, num_rows=num_rows)
+        stream.shard = (parts, part)
+        if sum(sizes) < parts:
+            continue
+        try:
+            for batch, position in stream.read(reader, num_readers):
+                if min(source["pass"] for source in position["mix"]["sources"]) >= 1:
+                    break
+                seen.update(numbers(batch))
+        except DatasetError as error:
+            assert "no row of the stream is left" in str(error)  # fewer rows than shards and readers
+    assert seen == Counter(dict.fromkeys(expected, 1)) or sum(sizes) < parts
+
+
+@given(
+    sizes=st.lists(st.integers(1, 23), min_size=1, max_size=3),
+    worlds=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    taken_batches=st.integers(0, 12),
+    num_rows=st.integers(1, 9),
+    packed=st.booleans(),
+    weighted=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_another_number_of_ranks_leaves_no_row_out(
+    tmp_path_factory, sizes, worlds, taken_batches, num_rows, packed, weighted
+):
+    """What was trained before the change and what comes after it is every row, once per pass at least."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    before, after = worlds
+    weights = [1.0] * len(sizes) if weighted else None
+    plan = {"num_rows": num_rows, "packing": PackingGeometry(1, 8) if packed else None, "weights": weights}
+    seen: Counter = Counter()
+
+    def loader(rank: int, world_size: int) -> StreamLoader:
+        return StreamLoader(make_stream(sizes, **plan), collate, rank=rank, world_size=world_size)
+
+    for rank in range(before):
+        one = loader(rank, before)
+        if taken_batches:
+            seen.update(number for batch in taken(one, taken_batches) for number in batch)
+        one.save(folder)
+    for rank in range(after):
+        one = loader(rank, after)
+        one.load(folder)
+        start = one.positions[0]
+        last_pass = min(source["pass"] for source in start["mix"]["sources"]) if start else 0
+        for batch in iter(one):
+            now = one.positions[0]
+            if min(source["pass"] for source in now["mix"]["sources"]) > last_pass:
+                break
+            seen.update(batch["numbers"])
+    states = [json.loads(file.read_text())["positions"][0] for file in folder.glob("*.json")]
+    passes = min(min(source["pass"] for source in state["mix"]["sources"]) if state else 0 for state in states)
+    for index, size in enumerate(sizes):
+        for row in range(size):
+            assert seen[1000 * (index + 1) + row] >= passes + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"input_ids": [2**31, 1], "labels": [1, 1]}, "`input_ids` must hold"),
+        ({"input_ids": [1, 2], "labels": None}, "`labels` is missing"),
+        ({"input_ids": [1, [2]], "labels": [1, 2]}, "`input_ids` must hold"),
+        ({"input_ids": [1, 2], "labels": [1, True, "x"]}, "`labels` must hold"),
+        ({"input_ids": [1, 2], "labels": [1]}, "different lengths"),
+    ],
+)
+def test_rows_of_tokens_that_are_none(tmp_path, tokenizer, row, words):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"input_ids": [1, 2], "labels": [1, 2]}) + "\n" + json.dumps(row) + "\n")
+    stream = prepare_streaming_dataset(config(datasets=[{"path": str(path)}]), tokenizer)
+    with pytest.raises(DatasetError, match=rf"row 1.*{words}"):
+        next(stream.read())

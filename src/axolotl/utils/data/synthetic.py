@@ -16,13 +16,13 @@ def synthetic_rows(entry: DictDefault, cfg: DictDefault, tokenizer: Any) -> Data
     """Random tokens, all of them trained.
 
     Args:
-        entry: `length` rows (1000) of `sequence_len` tokens (that of the config), ids from `min_input_id` (100) up to but not
+        entry: `length` rows (1000) of `sequence_length` tokens (`sequence_len` of the config), ids from `min_input_id` (100) up to but not
             including `max_input_id` (the size of the vocabulary), drawn with `seed` (that of the config).
         cfg: the config.
         tokenizer: gives the size of the vocabulary.
     """
     num_rows = int(entry.length or 1000)
-    num_tokens = int(entry.sequence_len or cfg.sequence_len or 512)
+    num_tokens = int(entry.sequence_length or cfg.sequence_len or 512)
     highest = int(entry.max_input_id or len(tokenizer))
     lowest = min(100 if entry.min_input_id is None else int(entry.min_input_id), highest - 1)
     seed = int((cfg.seed if entry.seed is None else entry.seed) or 0)

@@ -1,15 +1,15 @@
-"""Bin packing on the length histogram.
+"""Bin packing of documents by their lengths.
 
 Best-fit decreasing (Johnson 1974; 11/9 OPT + 6/9 bins at worst) looks only at lengths, so documents of equal length are
-interchangeable: it is run on the histogram, moving whole groups of identical bins at once. The cost grows with the number
-of distinct lengths, not with the number of documents. The result is a `Plan`, bins of lengths; which document takes which
-slot is decided per epoch (`deal`).
+interchangeable: it is run on the histogram, several documents to a bin at a time. Where most lengths differ, the longer
+documents are placed by whole arrays instead (`_pack_rounds`), which is as tight as long as shorter ones follow that fill
+the gaps. The result is a `Plan`, bins of lengths; which document takes which slot is decided per epoch (`deal`).
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,23 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, bin_size: int) -> Plan:
         capacity: tokens that a bin holds.
         bin_size: documents that a bin holds at most.
     """
-    values, counts = np.unique(lengths, return_counts=True)
-    best = _expand(_pack_histogram(values.tolist(), counts.tolist(), capacity, bin_size))
-    if not len(lengths) or int(np.diff(best.offsets).max()) < bin_size:
+    if not len(lengths):
+        return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    longest_first = np.sort(np.asarray(lengths, dtype=np.int64))[::-1]
+    bins = _Bins(len(lengths), capacity, bin_size, shortest=int(longest_first[-1]))
+    num_long = _num_to_place_in_rounds(longest_first)
+    bin_of = _pack_rounds(longest_first[:num_long], bins)
+    bin_of = np.concatenate([bin_of, _pack_histogram(longest_first[num_long:], bins)])
+    best = _as_plan(longest_first, bin_of, bins.count)
+    if int(np.diff(best.offsets).max()) < bin_size:
         return best
     # Short documents come last, so some bins reached `bin_size` half empty: an even mix may need fewer.
     return pack_even(lengths, capacity, bin_size, best.num_bins) or best
+
+
+def _as_plan(longest_first: np.ndarray, bin_of: np.ndarray, num_bins: int) -> Plan:
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
+    return Plan(longest_first[stable_order(bin_of)], offsets)
 
 
 def pack_even(lengths: np.ndarray, capacity: int, bin_size: int, fewer_than: int) -> Plan | None:
@@ -62,8 +73,7 @@ def pack_even(lengths: np.ndarray, capacity: int, bin_size: int, fewer_than: int
     while num_bins < fewer_than:
         bin_of = _spread(longest_first, num_bins, capacity, bin_size)
         if bin_of is not None:
-            offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
-            return Plan(longest_first[np.argsort(bin_of, kind="stable")], offsets)
+            return _as_plan(longest_first, bin_of, num_bins)
         num_bins += max(1, num_bins // 500)
     return None
 
@@ -83,89 +93,141 @@ def _spread(longest_first: np.ndarray, num_bins: int, capacity: int, bin_size: i
     return bin_of if loads.max() <= capacity and documents.max() <= bin_size else None
 
 
-def _pack_histogram(
-    values: list[int], counts: list[int], capacity: int, bin_size: int
-) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Groups of identical bins: (number of bins, [(length, how many), ...])."""
-    if not values:
-        return []
-    shortest = values[0]
-    # A pattern is a node of a tree: (parent pattern, length, how many); 0 is the empty bin.
-    patterns: list[tuple[int, int, int]] = [(0, 0, 0)]
-    done: list[tuple[int, int]] = []  # (bins, pattern)
+class _Bins:
+    """Bins that are being filled.
+
+    Attributes:
+        free: int64, tokens that each bin still takes; one entry per document, of which the first `count` are bins.
+        used: int64, documents in each bin.
+        count: number of bins.
+    """
+
+    def __init__(self, num_documents: int, capacity: int, bin_size: int, shortest: int):
+        self.capacity = capacity
+        self.bin_size = bin_size
+        self.shortest = shortest
+        self.free = np.full(num_documents, capacity, dtype=np.int64)
+        self.used = np.zeros(num_documents, dtype=np.int64)
+        self.count = 0
+
+    def are_open(self, bins: np.ndarray) -> np.ndarray:
+        """Those of `bins` that take one more of the shortest documents."""
+        return bins[(self.free[bins] >= self.shortest) & (self.used[bins] < self.bin_size)]
+
+
+# One document after the other where that takes few steps: there are few, or many share a length.
+FEW_DOCUMENTS = 20_000
+DOCUMENTS_PER_LENGTH = 8
+# Elsewhere the longer half is placed in about this many rounds, each of documents within a tenth of the longest.
+SHARE_IN_ROUNDS = 0.5
+ROUNDS = 100
+SIMILAR = 0.9
+
+BIN = (1 << 32) - 1
+"""The bits of a packed `free << 32 | bin` that name the bin."""
+
+
+def _num_to_place_in_rounds(longest_first: np.ndarray) -> int:
+    """How many of the longest documents are placed by whole arrays. None where few steps do all of them one by one."""
+    num_documents = len(longest_first)
+    num_lengths = 1 + np.count_nonzero(np.diff(longest_first))
+    if num_documents <= FEW_DOCUMENTS or num_lengths * DOCUMENTS_PER_LENGTH <= num_documents:
+        return 0
+    return int(num_documents * SHARE_IN_ROUNDS)
+
+
+def _pack_rounds(longest_first: np.ndarray, bins: _Bins) -> np.ndarray:
+    """Best fit for many documents at once.
+
+    A round takes the next documents, of similar length, shortest of them first, and gives each the fullest bin that holds it
+    and that no document before it took. A bin with room for several of the longest stands there several times. What finds
+    no bin opens new ones.
+
+    Returns:
+        int64, the bin of every document. `bins` is changed.
+    """
+    num_documents = len(longest_first)
+    bin_of = np.empty(num_documents, dtype=np.int64)
+    shortest_first = longest_first[::-1]
+    rooms = np.zeros(0, np.int64)  # the open bins as free << 32 | bin, ascending
+    start = 0
+    while start < num_documents:
+        longest = int(longest_first[start])
+        first_other = num_documents - int(np.searchsorted(shortest_first, int(longest * SIMILAR)))
+        stop = min(start + max(1, num_documents // ROUNDS), max(first_other, start + 1))
+        lengths = longest_first[start:stop][::-1]
+        size = stop - start
+
+        some = int(np.searchsorted(rooms, int(lengths[0]) << 32))  # from here on bins hold some of the documents,
+        every = int(np.searchsorted(rooms, longest << 32))  # and from here on every one
+        many = np.minimum(
+            (rooms[every : every + size] >> 32) // longest, bins.bin_size - bins.used[rooms[every : every + size] & BIN]
+        )
+        many = many[: int(np.searchsorted(np.cumsum(many), size)) + 1]
+        places = np.concatenate([np.arange(some, every), np.repeat(np.arange(every, every + len(many)), many)])
+        rank = np.arange(size)
+        wanted = np.maximum.accumulate(np.searchsorted(rooms[some:every] >> 32, lengths) - rank) + rank
+        found = places[wanted[wanted < len(places)]]
+
+        left = size - len(found)
+        per_bin = min(bins.capacity // longest, bins.bin_size)
+        opened = bins.count + np.arange(left)[::-1] // per_bin
+        bins.count += -(-left // per_bin)
+        taken = np.concatenate([rooms[found] & BIN, opened])
+        bin_of[start:stop] = taken[::-1]
+        np.subtract.at(bins.free, taken, lengths)
+        np.add.at(bins.used, taken, 1)
+
+        touched = bins.are_open(np.unique(taken))
+        changed = np.sort(bins.free[touched] << 32 | touched)
+        rooms = np.delete(rooms, found)
+        rooms = np.insert(rooms, np.searchsorted(rooms, changed), changed)
+        start = stop
+    return bin_of
+
+
+def _pack_histogram(longest_first: np.ndarray, bins: _Bins) -> np.ndarray:
+    """Best fit, length by length; see `_pack_rounds`. A bin takes as many documents of a length as it holds in one step."""
+    capacity, bin_size, shortest, count = bins.capacity, bins.bin_size, bins.shortest, bins.count
     room: list[int] = []  # distinct amounts of free room, ascending
-    open_bins: dict[int, list[tuple[int, int, int]]] = {}  # free room -> [(bins, documents in each, pattern)]
+    open_bins: dict[int, list[tuple[int, int]]] = {}  # free room -> [(bin, documents in it)]
 
-    def put(bins: int, free: int, used: int, parent: int, length: int, many: int) -> None:
-        """`bins` bins of `parent` with `many` more documents of `length`."""
-        patterns.append((parent, length, many))
-        keep(bins, free - many * length, used + many, len(patterns) - 1)
-
-    def keep(bins: int, free: int, used: int, pattern: int) -> None:
+    def keep(free: int, used: int, numbers: Iterable[int]) -> None:
         if free < shortest or used >= bin_size:
-            done.append((bins, pattern))
-        elif free in open_bins:
-            open_bins[free].append((bins, used, pattern))
-        else:
-            open_bins[free] = [(bins, used, pattern)]
+            return
+        if free not in open_bins:
+            open_bins[free] = []
             insort(room, free)
+        open_bins[free] += [(number, used) for number in numbers]
 
-    for length, left in zip(reversed(values), reversed(counts), strict=True):
+    for number in bins.are_open(np.arange(count)).tolist():
+        keep(int(bins.free[number]), int(bins.used[number]), (number,))
+    filled: list[int] = []  # bins, and how many documents each got in that step
+    amounts: list[int] = []
+    values, counts = np.unique(longest_first, return_counts=True)
+    for length, left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while left:
             at = bisect_left(room, length)
             if at == len(room):
-                many = min(capacity // length, bin_size)
-                full, rest = divmod(left, many)
-                if full:
-                    put(full, capacity, 0, 0, length, many)
-                if rest:
-                    put(1, capacity, 0, 0, length, rest)
-                break
+                many = min(capacity // length, bin_size, left)
+                numbers = range(count, count + left // many)
+                count = numbers.stop
+                filled += numbers
+                amounts += [many] * len(numbers)
+                left -= many * len(numbers)
+                keep(capacity - many * length, many, numbers)
+                continue
             free = room[at]
-            bins, used, pattern = open_bins[free].pop()
+            number, used = open_bins[free].pop()
             if not open_bins[free]:
                 del open_bins[free], room[at]
-            many = min(free // length, bin_size - used)
-            full = min(bins, left // many)
-            if full:
-                put(full, free, used, pattern, length, many)
-                left -= full * many
-                bins -= full
-            if bins and left:  # fewer than `many` documents are left for the next bin of this group
-                put(1, free, used, pattern, length, left)
-                left = 0
-                bins -= 1
-            if bins:
-                keep(bins, free, used, pattern)
-
-    done += [(bins, pattern) for groups in open_bins.values() for bins, _, pattern in groups]
-    return [(bins, _pieces(patterns, pattern)) for bins, pattern in done]
-
-
-def _pieces(patterns: list[tuple[int, int, int]], pattern: int) -> list[tuple[int, int]]:
-    pieces = []
-    while pattern:
-        pattern, length, many = patterns[pattern]
-        pieces.append((length, many))
-    return pieces[::-1]
-
-
-def _expand(groups: list[tuple[int, list[tuple[int, int]]]]) -> Plan:
-    """Write each group out as its bins, without a Python loop over bins."""
-    if not groups:
-        return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    pieces = np.array([piece for _, group in groups for piece in group], dtype=np.int64)
-    num_pieces = np.array([len(group) for _, group in groups], dtype=np.int64)
-    group_of_bin = np.repeat(np.arange(len(groups)), [bins for bins, _ in groups])
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    per_bin = num_pieces[group_of_bin]
-    piece_ends = np.cumsum(per_bin)
-    piece = np.repeat(first_piece[group_of_bin] - (piece_ends - per_bin), per_bin) + np.arange(piece_ends[-1])
-    slots_up_to_piece = np.concatenate([[0], np.cumsum(pieces[piece, 1])])
-    return Plan(
-        lengths=np.repeat(pieces[piece, 0], pieces[piece, 1]),
-        offsets=slots_up_to_piece[np.concatenate([[0], piece_ends])],
-    )
+            many = min(free // length, bin_size - used, left)
+            filled.append(number)
+            amounts.append(many)
+            left -= many
+            keep(free - many * length, used + many, (number,))
+    bins.count = count
+    return np.repeat(np.array(filled, dtype=np.int64), np.array(amounts, dtype=np.int64))
 
 
 def pack_next_fit(lengths: np.ndarray, capacity: int, bin_size: int) -> Plan:
@@ -190,31 +252,6 @@ def join(plans: list[Plan]) -> Plan:
     )
 
 
-def split_to_multiple(plan: Plan, multiple: int) -> Plan:
-    """Raise the number of bins to a multiple of `multiple`, so that every rank gets as many, without repeating a document.
-
-    The bins with most documents are cut in two. When only bins of one document are left, empty bins fill up.
-    """
-    missing = -plan.num_bins % multiple
-    if not missing:
-        return plan
-    sizes = np.diff(plan.offsets)
-    largest = np.argsort(-sizes, kind="stable")[:missing]
-    heap = [(-int(sizes[b]), int(plan.offsets[b])) for b in largest]
-    heapq.heapify(heap)
-    cuts = []
-    for _ in range(missing):
-        if not heap or heap[0][0] > -2:
-            cuts.append(len(plan.lengths))
-            continue
-        size, start = heapq.heappop(heap)
-        half = -size // 2
-        cuts.append(start + half)
-        heapq.heappush(heap, (-half, start))
-        heapq.heappush(heap, (size + half, start + half))
-    return Plan(plan.lengths, np.sort(np.concatenate([plan.offsets, np.array(cuts, dtype=np.int64)])))
-
-
 def deal(plan: Plan, order: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Put documents into the slots of a plan.
 
@@ -232,13 +269,22 @@ def deal(plan: Plan, order: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray
     if not len(order):
         return order, plan.offsets
     place = np.empty(len(order), dtype=np.int64)  # slot -> place in `order`
-    place[np.argsort(plan.lengths, kind="stable")] = np.argsort(lengths[order], kind="stable")
+    place[stable_order(plan.lengths)] = stable_order(lengths[order])
     sizes = np.diff(plan.offsets)
     rank = np.full(plan.num_bins, len(order), dtype=np.int64)
     filled = sizes > 0
     rank[filled] = place[plan.offsets[:-1][filled]]
-    bins = np.argsort(rank, kind="stable")
+    bins = stable_order(rank)
     sizes = sizes[bins]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     slots = np.repeat(plan.offsets[:-1][bins] - offsets[:-1], sizes) + np.arange(offsets[-1])
     return order[place[slots]], offsets
+
+
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """As `np.argsort(values, kind="stable")`, for integers from 0 to 2**32. Two passes of the radix sort that numpy has for 16 bits."""
+    low = (values & 0xFFFF).astype(np.uint16)
+    order = np.argsort(low, kind="stable")
+    if not len(values) or int(values.max()) <= 0xFFFF:
+        return order
+    return order[np.argsort((values >> 16).astype(np.uint16)[order], kind="stable")]

@@ -1,4 +1,4 @@
-"""How many packed rows of which size a batch holds."""
+"""How many bins of which size a packed batch holds, and how they are laid out."""
 
 from __future__ import annotations
 
@@ -26,28 +26,37 @@ VARLEN_ATTENTION = frozenset(
 
 @dataclass(frozen=True)
 class PackingGeometry:
-    """Rows of a packed batch.
+    """The bins of a micro-batch.
 
     Attributes:
-        num_rows: packed rows per micro-batch.
-        capacity: tokens per packed row.
+        num_rows: bins per micro-batch.
+        capacity: tokens per bin.
+        one_row: the bins of a micro-batch are laid end to end in one row.
     """
 
     num_rows: int
     capacity: int
+    one_row: bool = False
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row of the batch holds at most."""
+        return self.num_rows * self.capacity if self.one_row else self.capacity
 
 
 def packing_geometry(cfg: DictDefault, is_eval: bool = False) -> PackingGeometry:
-    """One row of `micro_batch_size * sequence_len` tokens where attention works by document borders, otherwise
-    `micro_batch_size` rows of `sequence_len`: a mask over one long row would cost the square of its length.
+    """`micro_batch_size` bins of `sequence_len` tokens, in one row where attention works by document borders; otherwise
+    each is a row, as a mask over one long row would cost the square of its length.
 
-    `multipack_real_batches: true` asks for rows. Evaluation takes `eval_batch_size` and `eval_sequence_len`.
+    A bin never grows with the micro-batch: a step would else train other rows when the same global batch is split
+    otherwise into micro-batches and accumulation. `multipack_real_batches: true` asks for rows. Evaluation takes
+    `eval_batch_size` and `eval_sequence_len`.
     """
-    rows = int((cfg.eval_batch_size if is_eval else None) or cfg.micro_batch_size or 1)
-    tokens = int((cfg.eval_sequence_len if is_eval else None) or cfg.sequence_len or 512)
-    if is_varlen(cfg) and not cfg.multipack_real_batches:
-        return PackingGeometry(num_rows=1, capacity=rows * tokens)
-    return PackingGeometry(num_rows=rows, capacity=tokens)
+    return PackingGeometry(
+        num_rows=int((cfg.eval_batch_size if is_eval else None) or cfg.micro_batch_size or 1),
+        capacity=int((cfg.eval_sequence_len if is_eval else None) or cfg.sequence_len or 512),
+        one_row=is_varlen(cfg) and not cfg.multipack_real_batches,
+    )
 
 
 def is_varlen(cfg: DictDefault) -> bool:

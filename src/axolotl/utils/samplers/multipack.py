@@ -1,12 +1,14 @@
 """Multipack batch sampler: documents of different lengths packed into rows of a fixed number of tokens.
 
 A batch is a list of bins, a bin is a list of row numbers. The bins are planned once from the lengths, so the number of
-batches is known before training starts, is the same in every epoch and on every rank, and does not depend on the number of
-worker processes. The sampler's order decides, per epoch, which document goes where.
+batches is known before training starts and is the same in every epoch. The sampler's order decides, per epoch, which
+document goes where. Ranks, batch size and worker processes have no say in it: they only cut the one list of bins into
+pieces.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,9 +20,13 @@ from torch.utils.data import BatchSampler, Sampler
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.logging import get_logger
-from axolotl.utils.samplers.best_fit import Plan, deal, join, pack_best_fit, pack_next_fit, split_to_multiple
+from axolotl.utils.samplers.best_fit import Plan, deal, join, pack_best_fit, pack_next_fit
+from axolotl.utils.samplers.epoch import EpochSampler
 
 LOG = get_logger(__name__)
+
+BATCHES_AT_ONCE = 1000
+"""Batches whose row numbers are Python integers at a time; the numbers of an epoch would fill memory."""
 
 
 def ffd_check(sequence_lengths: np.ndarray, bin_capacity: int, num_bins: int) -> bool:
@@ -104,17 +110,16 @@ class MultipackBatchSampler(BatchSampler):
         batch_max_len: tokens per bin.
         lengths: tokens of every row of the dataset.
         packing_efficiency_estimate: accepted for compatibility; the count is exact, nothing needs to be estimated.
-        drop_last: leave out the last batch when it has fewer than `batch_size` bins, and the batches that would not make
-            a full round of `batch_multiple`. With `False` no row is ever left out.
+        drop_last: leave out the last batch when it has fewer than `batch_size` bins. With `False` no row is ever left out:
+            the last batch has the bins that are left.
         num_count_samples: accepted for compatibility; the count does not vary.
         sequential: keep the order of rows (next-fit) instead of filling bins best.
-        group_size: rows packed at a time. Rows of different groups never share a bin.
+        group_size: rows packed at a time, in the order of the dataset.
         bin_size: rows per bin at most.
         num_processes: accepted for compatibility; packing runs in this process.
         safe_mode: accepted for compatibility; packing is always safe.
         mp_start_method: accepted for compatibility.
-        batch_multiple: the number of batches is a multiple of this. Give the number of data-parallel ranks, which take
-            turns: bins are split so that each gets as many batches and none sees a row twice.
+        one_row: a batch is one bin that holds the rows of `batch_size` bins, for attention that works by document borders.
     """
 
     def __init__(
@@ -132,7 +137,7 @@ class MultipackBatchSampler(BatchSampler):
         num_processes: int | None = None,
         safe_mode: bool = True,
         mp_start_method: str | None = "fork",
-        batch_multiple: int = 1,
+        one_row: bool = False,
         **kwargs: Any,
     ):
         super().__init__(sampler, batch_size, drop_last)
@@ -148,7 +153,7 @@ class MultipackBatchSampler(BatchSampler):
         self.num_processes = num_processes
         self.safe_mode = safe_mode
         self.mp_start_method = mp_start_method
-        self.batch_multiple = batch_multiple
+        self.one_row = one_row
         self.epoch = 0
         self._planned: Plan | None = None
 
@@ -173,12 +178,11 @@ class MultipackBatchSampler(BatchSampler):
         return self._planned
 
     def _make_plan(self, lengths: np.ndarray) -> Plan:
-        plan = _plan(lengths, self.batch_max_len, self.bin_size, self.group_size, self.sequential)
-        if self.drop_last:
-            return plan
-        return split_to_multiple(plan, self.batch_size * self.batch_multiple if self.batch_multiple > 1 else 1)
+        return _plan(lengths, self.batch_max_len, self.bin_size, self.group_size, self.sequential)
 
     def _order(self) -> np.ndarray:
+        if isinstance(self.sampler, EpochSampler):
+            return self.sampler.order()
         return np.fromiter(self.sampler, dtype=np.int64)
 
     def _bins(self) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +190,7 @@ class MultipackBatchSampler(BatchSampler):
         order = self._order()
         lengths = self.lengths[order]
         plan = self.plan
-        if not np.array_equal(np.sort(lengths), np.sort(plan.lengths)):
+        if not np.array_equal(np.bincount(lengths), np.bincount(plan.lengths)):
             plan = self._planned = self._make_plan(lengths)  # the sampler yields other rows than last time
         documents, offsets = deal(plan, order, self.lengths)
         if self.sequential:
@@ -197,21 +201,31 @@ class MultipackBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         documents, offsets = self._bins()
-        for first in range(0, len(offsets) - 1, self.batch_size):
-            borders = offsets[first : first + self.batch_size + 1].tolist()
-            yield [documents[a:b].tolist() for a, b in itertools.pairwise(borders)]
+        step = BATCHES_AT_ONCE * self.batch_size
+        for start in range(0, len(offsets) - 1, step):
+            borders = (offsets[start : start + step + 1] - offsets[start]).tolist()
+            flat = documents[offsets[start] : offsets[min(start + step, len(offsets) - 1)]].tolist()
+            for first in range(0, len(borders) - 1, self.batch_size):
+                cuts = borders[first : first + self.batch_size + 1]
+                if self.one_row:
+                    cuts = [cuts[0], cuts[-1]]
+                yield [flat[a:b] for a, b in itertools.pairwise(cuts)]
 
     def __len__(self) -> int:
         """Batches of an epoch, exact."""
-        if not self.drop_last:
-            return -(-self.plan.num_bins // self.batch_size)
-        unit = self.batch_size * self.batch_multiple
-        return self.plan.num_bins // unit * self.batch_multiple
+        whole, rest = divmod(self.plan.num_bins, self.batch_size)
+        return whole + bool(rest and not self.drop_last)
 
     def generate_batches(self, set_stats: bool = False) -> list[list[list[int]]]:
         """All batches of this epoch. `set_stats` is accepted for compatibility: statistics follow from the plan."""
         del set_stats
-        return list(self)
+        collects = gc.isenabled()
+        gc.disable()  # a million new lists would be searched for cycles again and again; there are none
+        try:
+            return list(self)
+        finally:
+            if collects:
+                gc.enable()
 
     @property
     def total_tokens_used(self) -> int:

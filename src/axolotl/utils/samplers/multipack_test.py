@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.samplers.best_fit import pack_best_fit
-from axolotl.utils.samplers.epoch import EpochSampler
+from axolotl.utils.samplers.epoch import EpochSampler, EvenBatches, LengthGroupedEpochSampler
 from axolotl.utils.samplers.multipack import (
     MultipackBatchSampler,
     allocate_sequentially,
@@ -30,40 +30,42 @@ def rows(batches):
 @given(
     lengths_and_capacity,
     st.integers(1, 4),
-    st.integers(1, 3),
+    st.integers(1, 4),
     st.integers(1, 9),
     st.integers(1, 50),
     st.booleans(),
     st.booleans(),
 )
-def test_every_row_once_and_never_too_much(drawn, batch_size, ranks, bin_size, group_size, sequential, shuffle):
+def test_one_list_of_bins_however_it_is_cut(drawn, batch_size, ranks, bin_size, group_size, sequential, shuffle):
     lengths, capacity = drawn
-    sampler = MultipackBatchSampler(
-        EpochSampler(len(lengths), seed=3, shuffle=shuffle),
-        batch_size,
-        capacity,
-        lengths,
-        drop_last=False,
-        sequential=sequential,
-        group_size=group_size,
-        bin_size=bin_size,
-        batch_multiple=ranks,
-    )
+
+    def sampler(size, **kwargs):
+        order = EpochSampler(len(lengths), seed=3, shuffle=shuffle)
+        options = {"sequential": sequential, "group_size": group_size, "bin_size": bin_size, "drop_last": False}
+        return MultipackBatchSampler(order, size, capacity, lengths, **options, **kwargs)
+
+    single, cut, joined = sampler(1), sampler(batch_size), sampler(batch_size, one_row=True)
+    even = EvenBatches(cut, ranks)
     for epoch in range(3):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
-        assert sorted(rows(batches)) == list(range(len(lengths)))
-        for batch in batches:
-            assert len(batch) <= batch_size
-            for bin_ in batch:
-                assert len(bin_) <= bin_size
-                assert sum(lengths[row] for row in bin_) <= capacity
-        if ranks > 1:
-            assert len(batches) % ranks == 0
-            assert all(len(batch) == batch_size for batch in batches)
+        for one in (single, even, joined):
+            one.set_epoch(epoch)
+        bins = [bin_ for batch in single for bin_ in batch]
+        assert len(bins) == len(single)
+        assert sorted(rows([bins])) == list(range(len(lengths)))
+        for bin_ in bins:
+            assert 0 < len(bin_) <= bin_size
+            assert sum(lengths[row] for row in bin_) <= capacity
         if sequential and not shuffle:
-            assert rows(batches) == list(range(len(lengths)))
+            assert rows([bins]) == list(range(len(lengths)))
+        # Ranks take turns, so a step of all ranks is a slice of the bins.
+        batches = list(even)
+        assert [bin_ for batch in batches for bin_ in batch] == bins
+        assert len(batches) == len(even) == -(-len(cut) // ranks) * ranks
+        assert all(len(batch) == batch_size for batch in batches[: len(cut) - 1])
+        assert all(batch == [] for batch in batches[len(cut) :])
+        assert [rows([batch]) for batch in joined] == [rows([batch]) for batch in cut]
+        assert all(len(batch) == 1 for batch in joined)
+        assert len(joined) == len(cut)
 
 
 @settings(max_examples=100, deadline=None)
@@ -124,11 +126,36 @@ def test_a_sampler_of_some_rows():
     assert sorted(rows(sampler)) == [2, 4, 9]
 
 
-def test_more_ranks_than_rows_repeats_nothing():
-    sampler = MultipackBatchSampler(SequentialSampler(range(2)), 1, 10, [3, 3], drop_last=False, batch_multiple=4)
-    batches = list(sampler)
-    assert len(batches) == 4
-    assert sorted(rows(batches)) == [0, 1]
+def test_more_ranks_than_batches():
+    batches = BatchSampler(range(5), 2, drop_last=False)
+    assert list(EvenBatches(batches, 4)) == [[0, 1], [2, 3], [4], []]
+    assert list(EvenBatches(batches, 8, repeat=True)) == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [4], [0, 1], [2, 3]]
+    assert list(EvenBatches(batches, 4, drop_last=True)) == []
+    assert list(EvenBatches(batches, 2, drop_last=True)) == [[0, 1], [2, 3]]
+    assert list(EvenBatches(BatchSampler(range(0), 2, drop_last=False), 2)) == []
+
+
+def test_the_epoch_reaches_the_order():
+    for batches in (
+        BatchSampler(EpochSampler(9), 2, drop_last=False),
+        MultipackBatchSampler(EpochSampler(9), 2, 10, [3] * 9, drop_last=False),
+    ):
+        even = EvenBatches(batches, 2)
+        first = list(even)
+        even.set_epoch(1)
+        assert list(even) != first
+
+
+def test_rows_of_similar_length_stand_together():
+    lengths = np.random.default_rng(2).integers(1, 99, 400)
+    sampler = LengthGroupedEpochSampler(lengths, batch_size=2, seed=1)
+    order = sampler.order()
+    assert sorted(order) == list(range(400))
+    assert lengths[order[0]] == lengths.max()
+    assert all(np.all(np.diff(lengths[order[a : a + 100]][1:]) <= 0) for a in range(0, 400, 100)[1:])
+    sampler.set_epoch(1)
+    assert not np.array_equal(sampler.order(), order)
+    assert LengthGroupedEpochSampler(lengths[:0], batch_size=2).order().tolist() == []
 
 
 def test_a_row_that_is_too_long_is_named():
