@@ -97,25 +97,39 @@ class PromptTokenizingStrategy(abc.ABC):
         Returns:
             For each text, `input_ids`, `attention_mask` and `labels` (a copy of the ids).
         """
+        return [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+            for ids in self._token_ids(texts, add_eos_token, strip_bos_token)
+        ]
+
+    def _token_ids(
+        self, texts: Sequence[str], add_eos_token: bool = True, strip_bos_token: bool = False
+    ) -> list[list[int]]:
+        """The ids alone; see `_tokenize_texts`."""
         full = [text for text in texts if text]
         encoded = iter(
             self.tokenizer(
-                full, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
+                full,
+                truncation=True,
+                max_length=self.max_length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
             )["input_ids"]
             if full
             else ()
         )
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        rows: list[Tokenized] = []
+        rows: list[list[int]] = []
         for text in texts:
-            ids = list(next(encoded)) if text else []
+            ids = next(encoded) if text else []
             if not ids:
                 LOG.warning_once("Empty text requested for tokenization: nothing is learnt from it.")
             elif add_eos_token and eos is not None and ids[-1] != eos and len(ids) < self.max_length:
                 ids.append(eos)
             if ids and strip_bos_token and ids[0] == bos:
                 del ids[0]
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
+            rows.append(ids)
         return rows
 
 
@@ -159,7 +173,9 @@ class InstructionPromptTokenizingStrategy(PromptTokenizingStrategy):
     @property
     def supports_batched(self) -> bool:
         """True unless a subclass tokenizes single rows in its own way."""
-        return not any(_is_overridden(self, name) for name in ("tokenize_prompt", "_tokenize", "_join"))
+        return not any(
+            _is_overridden(self, name) for name in ("tokenize_prompt", "_tokenize", "_tokenize_texts", "_join")
+        )
 
     def parse_instruction_fields(self, prompt: dict[str, Any]) -> tuple[str, ...]:
         """Instruction, input and answer of a row."""
@@ -175,9 +191,18 @@ class InstructionPromptTokenizingStrategy(PromptTokenizingStrategy):
         """Tokenize a row, or many."""
         if is_batch(prompt):
             texts = [self._build_texts(row) for row in split_rows(prompt)]
-            starts = self._tokenize_texts([start for start, _ in texts], add_eos_token=False)
-            answers = self._tokenize_texts([answer for _, answer in texts], strip_bos_token=True)
-            return join_rows(map(self._join, starts, answers))
+            starts = self._token_ids([start for start, _ in texts], add_eos_token=False)
+            answers = self._token_ids([answer for _, answer in texts], strip_bos_token=True)
+            return {
+                "input_ids": [start + answer for start, answer in zip(starts, answers, strict=True)],
+                "attention_mask": [
+                    [1] * (len(start) + len(answer)) for start, answer in zip(starts, answers, strict=True)
+                ],
+                "labels": [
+                    (start if self.train_on_inputs else [IGNORE_INDEX] * len(start)) + answer
+                    for start, answer in zip(starts, answers, strict=True)
+                ],
+            }
         start, answer = self._build_texts(prompt)
         return self._join(
             self._tokenize(start, add_eos_token=False),

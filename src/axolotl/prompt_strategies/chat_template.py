@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from axolotl._lazy import lazy_names
 from axolotl.exceptions import ConfigError, DatasetError, TokenizerError
 from axolotl.prompt_tokenizers import IGNORE_INDEX, PromptTokenizingStrategy, Tokenized, join_rows, split_rows
 from axolotl.prompters import Prompter
 from axolotl.utils.chat_templates.base import get_chat_template_from_config
 from axolotl.utils.chat_templates.end_tokens import END_TOKEN_REACH, end_tokens_of
+from axolotl.utils.chat_templates.labels import EndTokens, TurnLabels
 from axolotl.utils.chat_templates.messages import (
     DEFAULT_ROLES,
     THINKING_DETAIL,
@@ -30,13 +33,16 @@ from axolotl.utils.chat_templates.messages import (
     read_turn,
     split_thinking,
 )
-from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Span, Tokens, TurnSpans, common_prefix
+from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Tokens, TurnSpans, common_prefix
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 LOG = get_logger(__name__)
+
+_MISTRAL = "axolotl.prompt_strategies.mistral_chat"  # which is built upon this module
+__getattr__, __dir__ = lazy_names(__name__, {"MistralPrompter": _MISTRAL, "MistralStrategy": _MISTRAL})
 
 IGNORE_TOKEN_ID = IGNORE_INDEX
 TRAIN_ON_END = ("all", "turn", "last", "none", None)
@@ -204,11 +210,15 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         self.eot_tokens = list(eot_tokens) if eot_tokens else [eos] if eos else []
         self._check_end_tokens()
         self._eot_ids = frozenset(self._token_id(token) for token in self.eot_tokens)
-        self._control_ids = frozenset(tokenizer.all_special_ids) | {
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        self._eos_ids = frozenset(() if self.eos_token_id is None else (self.eos_token_id,))
+        self._control_ids = self._find_control_ids()
         self._spans = TurnSpans(prompter.render)
+        ends = EndTokens(self._eot_ids, self._eos_ids, self.train_on_eot, self.train_on_eos)
+        thinking_key = prompter.template_thinking_key or "reasoning_content"
+        self._turn_labels = TurnLabels(self._spans, ends, self._control_ids, thinking_key)
         self._said: set[str] = set()
+        self.dataset_name: str | None = None
+        """The dataset as the user wrote it, for messages."""
 
     @property
     def supports_batched(self) -> bool:
@@ -238,6 +248,9 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 f"train_on_eot (eos_token: {eos}, eot_tokens: {self.eot_tokens}, train_on_eos: {self.train_on_eos}, "
                 f"train_on_eot: {self.train_on_eot}). Write the same value for both, or leave {eos} out of `eot_tokens`."
             )
+        self._warn_of_absent_ends(eos)
+
+    def _warn_of_absent_ends(self, eos: str | None) -> None:
         template = self.prompter.chat_template
         for token in self.eot_tokens:
             self._token_id(token)
@@ -250,6 +263,10 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             LOG.warning(
                 f"EOS token '{eos}' not found in chat_template. Please check if your template/EOS token is correct."
             )
+
+    def _find_control_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}
 
     def _token_id(self, token: str) -> int:
         if token == self.tokenizer.eos_token and self.eos_token_id is not None:
@@ -272,16 +289,29 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         if encoded.encodings:
             tokens = []
             for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True):
-                offsets = encoding.offsets
-                tokens.append(Tokens(ids, [o[0] for o in offsets], [o[1] for o in offsets]))
+                starts, ends = zip(*encoding.offsets, strict=True) if ids else ((), ())
+                tokens.append(Tokens(ids, starts, ends))
             return tokens
         return [self._aligned(text, ids) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def _aligned(self, text: str, ids: list[int]) -> Tokens:
-        """Offsets for a tokenizer that keeps none: how much text the first k tokens decode to."""
-        ends = [
-            min(len(self.tokenizer.decode(ids[: k + 1], skip_special_tokens=False)), len(text)) for k in range(len(ids))
-        ]
+        """Offsets for a tokenizer that keeps none: how much text the first k tokens decode to.
+
+        Raises:
+            TokenizerError: the tokens do not decode to the text, so that nobody can say where they stand.
+        """
+        pieces = [self.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        if "".join(pieces) == text:
+            ends = list(accumulate(len(piece) for piece in pieces))
+        elif self.tokenizer.decode(ids, skip_special_tokens=False) == text:
+            # Characters that are several tokens: only together they decode to text.
+            heads = (self.tokenizer.decode(ids[: k + 1], skip_special_tokens=False) for k in range(len(ids)))
+            ends = [common_prefix(head, text) for head in heads]
+        else:
+            raise TokenizerError(
+                f"The tokenizer {type(self.tokenizer).__name__} does not say where its tokens stand in a text, and they do not decode "
+                "to it either. Use a fast tokenizer: `tokenizer_use_fast: true`."
+            )
         return Tokens(ids, [0, *ends[:-1]], ends)
 
     def find_first_eot_token(self, input_ids: Sequence[int], start_idx: int) -> int:
@@ -290,7 +320,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
 
     def find_first_eos_token(self, input_ids: Sequence[int], start_idx: int) -> int:
         """Find the first EOS token in the input_ids starting from start_idx."""
-        return _first_of(() if self.eos_token_id is None else (self.eos_token_id,), input_ids, start_idx)
+        return _first_of(self._eos_ids, input_ids, start_idx)
 
     def find_turn(self, turns: Sequence[Turn], turn_idx: int, tools: list | None = None) -> tuple[int, int]:
         """Locate the starting and ending indices of the specified turn in a conversation.
@@ -347,8 +377,9 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 if not isinstance(turn.get("content"), str)
             ]
             where = f" Of its messages, {odd[0]}." if odd else ""
+            mapping = " If it stands under another key, say so in `message_property_mappings`." if odd else ""
             raise DatasetError(
-                f"The chat template cannot render the row: {error}.{where} Correct the row or leave it out."
+                f"The chat template cannot render the row: {error}.{where}{mapping} Correct the row or leave it out."
             ) from error
 
     def get_conversation_thread(self, prompt: Mapping[str, Any]) -> list[Turn]:
@@ -447,75 +478,45 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         return [IGNORE_TOKEN_ID] * masked + tokens.ids[masked:]
 
     def _label_turns(self, row: _Row, text: str, tokens: Tokens, row_index: int) -> list[int]:
-        turns, ids = row.turns, tokens.ids
-        labels = [IGNORE_TOKEN_ID] * len(ids)
-        learnt = [self._learns(turn) for turn in turns]
-        ends_of_all = bool({self.train_on_eos, self.train_on_eot} & {"all", "last"})
-        wanted = [index for index in range(len(turns)) if learnt[index] or ends_of_all]
-        spans = self._spans.find(text, for_template(turns), row.tools, wanted)
-        last_end: dict[str, int] = {}
-        for index, span in zip(wanted, spans, strict=True):
-            if span is None:
-                if learnt[index]:
-                    self._warn_not_learnt(turns[index], row_index, index)
-                continue
-            _, end = tokens.within(span, self._control_ids)
-            if learnt[index]:
-                for first, last in self._learnt_ranges(turns[index], text, tokens, span):
-                    labels[first:last] = ids[first:last]
-            for kind, find, option in (
-                ("eot", self.find_first_eot_token, self.train_on_eot),
-                ("eos", self.find_first_eos_token, self.train_on_eos),
-            ):
-                place = find(ids[: end + END_TOKEN_REACH + 1], start_idx=end)
-                if place == -1:
-                    continue
-                last_end[kind] = place
-                if option == "all" or (option == "turn" and learnt[index]):
-                    labels[place] = ids[place]
-        for kind, option in (("eot", self.train_on_eot), ("eos", self.train_on_eos)):
-            if option == "last" and kind in last_end:
-                labels[last_end[kind]] = ids[last_end[kind]]
+        learnt = [self._learns(turn) for turn in row.turns]
+        labels, missing = self._turn_labels.label(text, tokens, row.turns, row.tools, learnt)
+        for index, what in missing:
+            if what == "end":
+                self._warn_no_end(row.turns[index], row_index, index)
+            else:
+                self._warn_not_learnt(row.turns[index], row_index, index, text)
         return labels
 
-    def _learnt_ranges(self, turn: Turn, text: str, tokens: Tokens, span: Span) -> Iterable[tuple[int, int]]:
-        """The ranges of tokens of a learnt turn that are learnt: all of it, or what the details of the turn say."""
-        if not turn.get(TRAINING_DETAIL) and not turn.get(THINKING_DETAIL):
-            return [tokens.within(span, self._control_ids)]
-        thinking_key = self.prompter.template_thinking_key or "reasoning_content"
-        ranges, begin = [], span[0]
-        for key, detail_key in ((thinking_key, THINKING_DETAIL), ("content", TRAINING_DETAIL)):
-            details = turn.get(detail_key)
-            if not details or not isinstance(turn.get(key), str):
-                continue
-            written = turn[key].strip()
-            place = text.find(written, begin, span[1])
-            if place == -1:
-                raise DatasetError(
-                    f"The template changes the `{key}` of a {turn['role']} message, so the characters that its training "
-                    "details name cannot be found in the text. Use a template that writes it as it is."
-                )
-            offset = place - turn[key].index(written)
-            begin = place + len(written)
-            for detail in details:
-                if detail["train"]:
-                    first = max(offset + detail["begin_offset"], place)
-                    last = min(offset + detail["end_offset"] + 1, span[1])
-                    if first < last:
-                        ranges.append(tokens.within((first, last), self._control_ids))
-        return ranges
-
-    def _warn_not_learnt(self, turn: Turn, row_index: int, turn_index: int) -> None:
-        why = (
-            "is empty"
-            if not str(turn.get("content") or "").strip()
-            else "is not written, or is changed beyond recognition, by the template"
-        )
+    def _warn_not_learnt(self, turn: Turn, row_index: int, turn_index: int, text: str) -> None:
+        """Say that nothing of a turn is learnt, in the words under which the FAQ explains it."""
+        if not text:
+            kind, why = "no text", f"Empty template generated for turn {turn_index}"
+        elif not str(turn.get("content") or "").strip() and not turn.get("tool_calls"):
+            kind = "empty"
+            why = f"Content end boundary is the same as start boundary for turn {turn_index}. This is likely an empty turn"
+        else:
+            kind = "not written"
+            why = (
+                f"Could not find content start/end boundary for turn {turn_index}: the template does not write the content, or "
+                "changes it"
+            )
         self._warn_once(
-            "not learnt",
-            f"Row {row_index}, turn {turn_index} ({turn['role']}) should be learnt, but it {why}: nothing of it is learnt. "
+            kind,
+            f"{self._place(turn, row_index, turn_index)} should be learnt, but nothing of it is: {why}. "
             "Further turns like this one are not reported.",
         )
+
+    def _warn_no_end(self, turn: Turn, row_index: int, turn_index: int) -> None:
+        self._warn_once(
+            "no end",
+            f"{self._place(turn, row_index, turn_index)} is learnt, but not how it ends: none of "
+            f"{', '.join(f'`{token}`' for token in self.eot_tokens)} follows within {END_TOKEN_REACH} tokens. Name the token that the "
+            "template writes there under `eot_tokens:`. Further turns like this one are not reported.",
+        )
+
+    def _place(self, turn: Turn, row_index: int, turn_index: int) -> str:
+        of = f" of `{self.dataset_name}`" if self.dataset_name else ""
+        return f"Row {row_index}{of}, turn {turn_index} ({turn['role']})"
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._said:
@@ -531,9 +532,17 @@ class StrategyLoader:
     """Load chat template strategy based on configuration."""
 
     def _get_strategy_cls(self, cfg) -> type[ChatTemplateStrategy]:
+        if cfg.tokenizer_use_mistral_common:
+            from axolotl.prompt_strategies.mistral_chat import MistralStrategy
+
+            return MistralStrategy
         return ChatTemplateStrategy
 
     def _get_prompter_cls(self, cfg) -> type[ChatTemplatePrompter]:
+        if cfg.tokenizer_use_mistral_common:
+            from axolotl.prompt_strategies.mistral_chat import MistralPrompter
+
+            return MistralPrompter
         return ChatTemplatePrompter
 
     def _get_strategy_params(self, cfg, ds_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -564,7 +573,8 @@ class StrategyLoader:
             processor: the processor of a multimodal model.
         """
         dataset = dict(ds_cfg.items()) if isinstance(ds_cfg, Mapping) else ds_cfg.model_dump() if ds_cfg else {}
-        template = get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer)
+        has_template = not cfg.tokenizer_use_mistral_common
+        template = get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer) if has_template else ""
         prompter = self._get_prompter_cls(cfg)(
             tokenizer,
             chat_template=template,
@@ -583,9 +593,12 @@ class StrategyLoader:
             drop_system_message=bool(dataset.get("drop_system_message")),
         )
         params = self._get_strategy_params(cfg, dataset)
-        if not params["eot_tokens"] and params["train_on_eot"] is None and params["train_on_eos"] != "none":
+        open_end = not params["eot_tokens"] and params["train_on_eot"] is None and params["train_on_eos"] != "none"
+        if has_template and open_end:
             params["eot_tokens"] = end_tokens_of(tokenizer, prompter.render, cfg)
-        return self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
+        strategy = self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
+        strategy.dataset_name = dataset.get("path")
+        return strategy
 
 
 load = StrategyLoader()

@@ -16,7 +16,7 @@ from axolotl.utils.chat_templates import chat_template_names, get_chat_template
 from axolotl.utils.dict import DictDefault
 
 TOKENIZER = make_tokenizer()
-NO_SYSTEM = {"gemma"}
+NO_SYSTEM = {"gemma", "inst"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -294,11 +294,11 @@ def test_an_empty_answer_is_reported_once_with_its_place(caplog, monkeypatch):
     rows = Dataset.from_list(
         [{"messages": chat("Hi", "Yo")}, {"messages": chat("Hi", "")}, {"messages": chat("A", "")}]
     )
-    dataset = TokenizedPromptDataset(strategy_of(), rows)
+    dataset = TokenizedPromptDataset(strategy_of(path="chats.jsonl"), rows)
     assert set(dataset[1]["labels"]) == {-100}
-    assert [r.message for r in caplog.records if "nothing of it is learnt" in r.message] == [
-        "Row 1, turn 1 (assistant) should be learnt, but it is empty: nothing of it is learnt. "
-        "Further turns like this one are not reported."
+    assert [r.message for r in caplog.records if "nothing of it is" in r.message] == [
+        "Row 1 of `chats.jsonl`, turn 1 (assistant) should be learnt, but nothing of it is: Content end boundary is the same "
+        "as start boundary for turn 1. This is likely an empty turn. Further turns like this one are not reported."
     ]
 
 
@@ -354,3 +354,33 @@ def test_a_control_token_that_swallows_white_space_is_no_part_of_the_turn():
     strategy = strategy_of("jinja", tokenizer=tokenizer, chat_template_jinja=template, train_on_eos="none")
     tokenized = strategy.tokenize_prompt({"messages": [{"role": "assistant", "content": "  Hello  "}]})
     assert learnt(tokenized, tokenizer) == ["Hello"]
+
+
+def test_a_python_tokenizer_that_keeps_no_offsets():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    for answer in ("Yo", " é😀 x ", "<|im_end|>Hi"):
+        row = strategy_of(tokenizer=tokenizer).tokenize_prompt({"messages": chat("Hé 😀", answer, "Hi", "Hi")})
+        assert learnt(row, tokenizer) == [f"{answer}<|im_end|>", "Hi<|im_end|>"]
+
+
+def test_a_template_that_writes_nothing(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    strategy = strategy_of("jinja", chat_template_jinja="{% for m in messages %}{% endfor %}")
+    assert strategy.tokenize_prompt({"messages": chat("Hi", "Yo")})["input_ids"] == []
+    assert "Empty template generated for turn 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__.__base__.__subclasses__() }}", "{% include '/etc/hosts' %}"],
+)
+def test_templates_run_in_a_sandbox(attack):
+    with pytest.raises(AxolotlError):
+        strategy_of("jinja", chat_template_jinja=attack + "{{ messages[0].content }}").tokenize_prompt(
+            {"messages": chat("Hi", "Yo")}
+        )

@@ -39,7 +39,7 @@ BASE_TYPES: dict[str, tuple[type, type]] = {
 }
 """Base type -> its strategy and prompter. Written `type` or `type:style`."""
 
-NOT_TYPES = frozenset({"base", "resolve"})
+NOT_TYPES = frozenset({"base", "mistral_chat", "resolve"})
 """Modules of this package that are no dataset types."""
 
 

@@ -4,7 +4,7 @@ datasets:
   - path: chats.jsonl
     type: messages.chat
     chat_template: chatml            # or llama3
-    input_transform: my_package.my_function   # optional: changes a row first
+    input_transform: my_package.my_function   # optional: changes a row first; `chat` and nothing leave it as it is
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 
 FORMATS: dict[str, Formatter] = {"chatml": chatml.format_message, "llama3": llama3x.format_message}
 """`chat_template` -> how messages are written."""
+
+UNCHANGED = "chat"
+"""The `input_transform` of rows that are conversations already."""
 
 
 class ChatMessageDatasetWrappingStrategy(ChatRows, DatasetWrappingStrategy):
@@ -80,7 +83,7 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Mapping[str, Any] | None = None) -> C
         message_field_content=mappings.get("content"),
         message_field_training=ds_cfg.get("message_field_training"),
     )
-    if ds_cfg.get("input_transform"):
+    if ds_cfg.get("input_transform") not in (None, "", UNCHANGED):
         transform = _Then(_function(ds_cfg["input_transform"]), transform)
     name = str(ds_cfg.get("chat_template") or cfg.chat_template or "chatml")
     if name not in FORMATS:

@@ -84,6 +84,30 @@ class TurnSpans:
                 return [spans[index] for index in wanted]
         return [self._one(text, turns, tools, index) for index in wanted]
 
+    def parts(self, text: str, turns: Sequence[Turn], tools: list | None, index: int, span: Span) -> list[Span]:
+        """`span`, the span of turn `index`, without the answers of tools in it.
+
+        Some templates (Gemma 4) write what a tool answers into the turn that called it. Another one wrote that.
+        """
+        after = index + 1
+        while after < len(turns) and turns[after].get("role") == "tool":
+            after += 1
+        if after == index + 1 or not turns[index].get("tool_calls"):
+            return [span]
+        contents = [turn.get("content") for turn in turns[index + 1 : after]]
+        inside = text[span[0] : span[1]]
+        if not any(content in inside if isinstance(content, str) else True for content in contents):
+            return [span]
+        found = self.find(text, turns, tools, range(index + 1, after))
+        answers = [answer for answer in found if answer and span[0] <= answer[0] and answer[1] <= span[1]]
+        if not answers:
+            return [span]
+        without = self._try_render([*turns[: index + 1], *turns[after:]], tools) or ""
+        begin = min(common_prefix(text, without), answers[0][0])
+        own = str(turns[index].get("content") or "").strip()
+        end = span[1] - len(own) if text.endswith(own, answers[-1][1], span[1]) else span[1]
+        return [part for part in ((span[0], begin), (end, span[1])) if part[0] < part[1]]
+
     def _skeleton(self, turns: Sequence[Turn], tools: list | None) -> Skeleton | None:
         key = (tuple(turn.get("role") for turn in turns), json.dumps(tools, sort_keys=True) if tools else None)
         if key not in self._skeletons:
@@ -136,7 +160,9 @@ class TurnSpans:
         marker = _MARKER.format("x")
         while marker in text:
             marker += "z"
-        dummy = {"role": turns[index].get("role"), "content": marker}
+        role = turns[index].get("role")
+        # An answer keeps the name of its tool. Other turns lose their reasoning and calls, which belong to the span.
+        dummy = {**turns[index], "content": marker} if role == "tool" else {"role": role, "content": marker}
         whole = self._try_render([*turns[:index], dummy, *turns[index + 1 :]], tools)
         if whole is not None and whole.count(marker) == 1:
             before, after = whole.split(marker)
@@ -188,7 +214,7 @@ class TurnSpans:
         if turns[index].get("role") != "assistant":
             return start
         prompt = self._try_render(turns[:index], tools, add_generation_prompt=True)
-        if prompt is not None and len(prompt) <= start and text.startswith(prompt):
+        if prompt is not None and text.startswith(prompt):
             return len(prompt)
         return start
 
