@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from axolotl.kernels.cross_entropy import linear_cross_entropy
 from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
+from axolotl.monkeypatch.fp8_base import apply_fp8_base
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, remove_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
@@ -49,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 500000.0},
 }  # fmt: skip
-VARIANTS = ("plain", "kernels", "compile", "kernels+compile")
+VARIANTS = ("plain", "kernels", "compile", "kernels+compile", "kernels+compile+fp8")
 KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
 DATASHEET_TFLOPS = 989.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +170,8 @@ def run_variant(
         cfg = DictDefault(KERNELS)
         apply_lora_kernel_patches(model, cfg)
         assert cfg.resolution is None, cfg.resolution
+    if "fp8" in variant:
+        apply_fp8_base(model, DictDefault())  # for good: the last variant
     if "compile" in variant:
         torch._dynamo.reset()
         compile_layers(model)

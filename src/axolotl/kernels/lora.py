@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from axolotl.kernels.fp8 import Fp8Linear
 from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_backward, geglu_tanh_forward
 from axolotl.kernels.glu import Activation
 from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph
@@ -49,7 +50,7 @@ def get_lora_parameters(proj: nn.Module) -> Parameters:
     layer: Any = proj  # the attributes of a layer of peft are not those that `nn.Module` declares
     base = layer.base_layer if hasattr(layer, "base_layer") else layer
     weight, bias = base.weight, base.bias
-    quant_state = getattr(weight, "quant_state", None)
+    quant_state = weight.fp8_state if isinstance(base, Fp8Linear) else getattr(weight, "quant_state", None)
     if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
         return weight, bias, quant_state, None, None, None
     active = layer.active_adapters[0] if hasattr(layer, "active_adapters") else layer.active_adapter
@@ -490,6 +491,13 @@ def why_not_fused(proj: nn.Module) -> str | None:
     return None
 
 
+def _runs_as_operators(projections: tuple[nn.Module, ...]) -> bool:
+    """Whether the operators of `lora_ops` compute these projections: under `torch.compile`, and for weights in fp8."""
+    return torch.compiler.is_compiling() or any(
+        isinstance(getattr(proj, "base_layer", proj), Fp8Linear) for proj in projections
+    )
+
+
 _ACTIVATIONS: dict[Callable, Activation] = {
     swiglu_forward: "silu",
     geglu_forward: "gelu",
@@ -501,7 +509,7 @@ def _mlp(self, X, plain_act, activation_fn, activation_fn_backward, inplace):
     projections = (self.gate_proj, self.up_proj, self.down_proj)
     if any(map(why_not_fused, projections)):
         return self.down_proj(plain_act(self.gate_proj(X)) * self.up_proj(X))
-    if torch.compiler.is_compiling():
+    if _runs_as_operators(projections):
         gate, up, down = (get_lora_parameters(proj) for proj in projections)
         if gate[1] is up[1] is down[1] is None:
             return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn])
@@ -534,7 +542,7 @@ def apply_lora_qkv(
     projections = (self.q_proj, self.k_proj, self.v_proj)
     if any(map(why_not_fused, projections)):
         return self.q_proj(X), self.k_proj(X), self.v_proj(X)
-    if torch.compiler.is_compiling():
+    if _runs_as_operators(projections):
         query, key, value = project_in_graph(X, [get_lora_parameters(proj) for proj in projections])
         return query, key, value
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]
@@ -545,7 +553,7 @@ def apply_lora_o(self: nn.Module, X: torch.Tensor) -> torch.Tensor:
     """The output projection of an attention with `o_proj`; X is (..., H)."""
     if why_not_fused(self.o_proj):
         return self.o_proj(X)
-    if torch.compiler.is_compiling():
+    if _runs_as_operators((self.o_proj,)):
         return project_in_graph(X, [get_lora_parameters(self.o_proj)])[0]
     return LoRA_O.apply(X, *get_lora_parameters(self.o_proj))
 

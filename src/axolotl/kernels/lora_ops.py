@@ -16,12 +16,27 @@ from typing import Any
 
 import torch
 
+from axolotl.kernels.fp8 import matmul_fp8, quantize_rows
 from axolotl.kernels.glu import Activation
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
 from axolotl.kernels.quantize import NUM_STATE_TENSORS, dequantize_parts, split_state
 from axolotl.kernels.utils import compute_dtype
 
 Projection = tuple[Any, ...]  # what `get_lora_parameters` returns
+
+
+class _Factor:
+    """A factor of several matmuls (N, K), and its fp8 form once one of them asks."""
+
+    def __init__(self, dense: torch.Tensor):
+        self.dense = dense
+        self._fp8: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def fp8(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, K) e4m3 and (N, 1) fp32."""
+        if self._fp8 is None:
+            self._fp8 = quantize_rows(self.dense)
+        return self._fp8
 
 
 class _Weights:
@@ -43,32 +58,89 @@ class _Weights:
             own = [next(tensors) if present >> bit & 1 else None for bit in range(NUM_STATE_TENSORS)]
             self.states.append((own, numbers) if present else None)
 
-    def dense(self, index: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _fp8(self, index: int) -> list[torch.Tensor | None] | None:
+        """The tensors of `Fp8State`, or None when the weight is not in fp8."""
+        state = self.states[index]
+        return state[0] if state is not None and state[1][2] == 0 else None
+
+    def _dense(self, index: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """(O, H) in `dtype`: the weight itself, or a temporary (`out`, if given) when it is stored in four bits."""
         state = self.states[index]
         if state is None:
             return self.stored[index].to(dtype)
         return dequantize_parts(self.stored[index], *state, dtype, out)
 
-    def stacked(self, first: int, second: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Two weights of one shape as (2 O, H), or None when that would take a copy of dense weights."""
-        states = self.states[first], self.states[second]
+    def product(self, x: _Factor, index: int) -> torch.Tensor:
+        """`x W^T` (N, O)."""
+        fp8 = self._fp8(index)
+        if fp8 is None:
+            return x.dense @ self._dense(index, x.dense.dtype).t()
+        return matmul_fp8(*x.fp8(), self.stored[index], fp8[0], x.dense.dtype)
+
+    def add_product_back(self, grad_x: torch.Tensor, grad: torch.Tensor, index: int) -> torch.Tensor:
+        """`grad_x + grad W` (N, H), in the memory of `grad_x`."""
+        fp8 = self._fp8(index)
+        if fp8 is None:
+            return grad_x.addmm_(grad, self._dense(index, grad.dtype))
+        return grad_x.add_(matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype))
+
+    def product_back(self, grad: torch.Tensor, index: int) -> torch.Tensor:
+        """`grad W` (N, H)."""
+        fp8 = self._fp8(index)
+        if fp8 is None:
+            return grad @ self._dense(index, grad.dtype)
+        return matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype)
+
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """`[x W_0^T, x W_1^T]` (N, O_0 + O_1)."""
+        if (fp8 := self._fp8(0)) is not None:
+            other = self._fp8(1)
+            assert other is not None
+            scale = torch.cat([fp8[0], other[0]], dim=1)
+            return matmul_fp8(*quantize_rows(x), self._stacked_memory(), scale, x.dtype)
+        both = self._stacked(x.dtype)
+        if both is not None:
+            return x @ both.t()
+        first, second = self._dense(0, x.dtype), self._dense(1, x.dtype)
+        products = x.new_empty(x.shape[0], first.shape[0] + second.shape[0])
+        torch.mm(x, first.t(), out=products[:, : first.shape[0]])
+        torch.mm(x, second.t(), out=products[:, first.shape[0] :])
+        return products
+
+    def products_back(self, grad: torch.Tensor) -> torch.Tensor:
+        """`grad [W_0; W_1]` (N, H) for a gradient (N, O_0 + O_1)."""
+        if (fp8 := self._fp8(0)) is not None:
+            return matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype)
+        both = self._stacked(grad.dtype)
+        if both is not None:
+            return grad @ both
+        first = self._dense(0, grad.dtype)
+        return (grad[:, : first.shape[0]] @ first).addmm_(grad[:, first.shape[0] :], self._dense(1, grad.dtype))
+
+    def _stacked(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Both weights as (O_0 + O_1, H), or None when that would take a copy of dense ones."""
+        states = self.states
         if states[0] is not None and states[1] is not None:
-            rows, columns = states[0][1][:2]
-            both = torch.empty(2 * rows, columns, dtype=dtype, device=self.stored[first].device)
-            self.dense(first, dtype, both[:rows])
-            self.dense(second, dtype, both[rows:])
+            rows = [state[1][0] for state in states if state is not None]
+            both = torch.empty(sum(rows), states[0][1][1], dtype=dtype, device=self.stored[0].device)
+            self._dense(0, dtype, both[: rows[0]])
+            self._dense(1, dtype, both[rows[0] :])
             return both
-        one, other = self.stored[first], self.stored[second]
+        one, other = self.stored
         beside = (
-            states == (None, None)
+            states == [None, None]
             and one.dtype == other.dtype == dtype
             and one.is_contiguous()
             and other.is_contiguous()
             and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
             and other.storage_offset() == one.storage_offset() + one.numel()
         )
-        return one.as_strided((2 * one.shape[0], one.shape[1]), one.stride()) if beside else None
+        return self._stacked_memory() if beside else None
+
+    def _stacked_memory(self) -> torch.Tensor:
+        """Both stored weights, which lie one behind the other, as one."""
+        one, other = self.stored
+        return one.as_strided((one.shape[0] + other.shape[0], one.shape[1]), one.stride())
 
 
 @torch.library.custom_op(
@@ -79,10 +151,10 @@ class _Weights:
 def _project(x, weights, state, layout, a, b):
     """The outputs (N, O_i), then `x A^T` (N, R)."""
     frozen = _Weights(weights, state, layout)
-    low_NR = x @ a.t()
+    low_NR, factor = x @ a.t(), _Factor(x)
     outputs, start = [], 0
     for index, b_Or in enumerate(b):
-        y_NO = x @ frozen.dense(index, x.dtype).t()
+        y_NO = frozen.product(factor, index)
         rank = b_Or.shape[1]
         if rank:
             y_NO.addmm_(low_NR[:, start : start + rank], b_Or.t())
@@ -117,7 +189,7 @@ def _project_backward(grads, x, weights, state, layout, a, b, low, need_x):
     if need_x:
         grad_x = grad_low_NR @ a
         for index, grad_NO in enumerate(grads):
-            grad_x.addmm_(grad_NO, frozen.dense(index, x.dtype))
+            frozen.add_product_back(grad_x, grad_NO, index)
     return [grad_x, grad_a_RH, *grads_b]
 
 
@@ -163,16 +235,7 @@ _project.register_autograd(_differentiate, setup_context=_keep)
 )
 def _gate_up(x, weights, state, layout, a):
     """Gate and up (N, 2 I) without their low-rank terms, and `x A^T` of both (N, R)."""
-    frozen = _Weights(weights, state, layout)
-    both = frozen.stacked(0, 1, x.dtype)
-    if both is not None:
-        return x @ both.t(), x @ a.t()
-    del both
-    gate, up = (frozen.dense(index, x.dtype) for index in (0, 1))
-    gu_NI = x.new_empty(x.shape[0], gate.shape[0] + up.shape[0])
-    torch.mm(x, gate.t(), out=gu_NI[:, : gate.shape[0]])
-    torch.mm(x, up.t(), out=gu_NI[:, gate.shape[0] :])
-    return gu_NI, x @ a.t()
+    return _Weights(weights, state, layout).products(x), x @ a.t()
 
 
 def _num_rows(weights: list[torch.Tensor], layout: list[int]) -> int:
@@ -197,14 +260,7 @@ def _gate_up_backward(grad, grad_low, x, weights, state, layout, a, need_x):
     grad_a = grad_low.t() @ x
     if not need_x:
         return x.new_empty(0), grad_a
-    frozen = _Weights(weights, state, layout)
-    both = frozen.stacked(0, 1, x.dtype)
-    if both is not None:
-        grad_x = grad @ both
-    else:
-        size = grad.shape[1] // 2
-        grad_x = grad[:, :size] @ frozen.dense(0, x.dtype)
-        grad_x.addmm_(grad[:, size:], frozen.dense(1, x.dtype))
+    grad_x = _Weights(weights, state, layout).products_back(grad)
     return grad_x.addmm_(grad_low, a), grad_a
 
 
@@ -241,7 +297,7 @@ _gate_up.register_autograd(_differentiate_gate_up, setup_context=_keep_gate_up)
 def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
     """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`; gate and up get their low-rank terms here."""
     h_NI = lora_gated_forward(gu, low, b_gate, b_up, act)
-    y_NO = h_NI @ _Weights(weights, state, layout).dense(0, gu.dtype).t()
+    y_NO = _Weights(weights, state, layout).product(_Factor(h_NI), 0)
     return y_NO.addmm_(h_NI @ a.t(), b.t()) if b.shape[1] else y_NO
 
 
@@ -259,7 +315,7 @@ def _(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
 def _down_backward(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act):
     """The gradients of gu, low, b_gate, b_up, a and b."""
     size, rank = b_gate.shape
-    h_NI = grad @ _Weights(weights, state, layout).dense(0, gu.dtype)  # its gradient, until the activation puts h there
+    h_NI = _Weights(weights, state, layout).product_back(grad, 0)  # its gradient, until the activation puts h there
     grad_low_Nr = grad @ b
     grad_gu = lora_gated_backward(h_NI, gu, low, b_gate, b_up, grad_low_Nr, a.t().contiguous(), act)
     grad_a = grad_low_Nr.t() @ h_NI

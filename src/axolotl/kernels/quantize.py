@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axolotl.exceptions import ModelError
+from axolotl.kernels.fp8 import Fp8State
 from axolotl.kernels.utils import jit, num_programs, runs_triton, tl
 
 # The sixteen values of NF4: quantiles of the normal distribution, scaled to [-1, 1] (appendix E of QLoRA).
@@ -165,10 +166,13 @@ def split_state(quant_state: Any) -> tuple[list[torch.Tensor | None], list[int]]
     """A quantization state as the tensors and numbers that an operator of PyTorch takes.
 
     Returns:
-        `[absmax, code, offset, absmax2, code2]` and `[rows, columns, blocksize, blocksize2]`; all None and 0 without a state.
+        `[absmax, code, offset, absmax2, code2]` and `[rows, columns, blocksize, blocksize2]`; all None and 0 without a state. In
+        fp8 the tensors are those of `Fp8State`, and there are no blocks.
     """
     if quant_state is None:
         return [None] * NUM_STATE_TENSORS, [0] * 4
+    if isinstance(quant_state, Fp8State):
+        return [*quant_state, None, None], [quant_state.scale.shape[1], quant_state.transposed.shape[0], 0, 0]
     state = _read_state(quant_state)
     tensors = [state.absmax, state.code, state.offset, state.absmax2, state.code2]
     return tensors, [*state.shape, state.blocksize, state.blocksize2]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
+from axolotl.kernels.lora_ops import lay_side_by_side, mlp_in_graph, project_in_graph
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def make_projection(inputs: int, outputs: int, rank: int, *, bias: bool = False, scale: float = 2.0):
+    weight = torch.randn(outputs, inputs, dtype=torch.float64)
+    A = torch.randn(rank, inputs, dtype=torch.float64, requires_grad=True) if rank else None
+    B = torch.randn(outputs, rank, dtype=torch.float64, requires_grad=True) if rank else None
+    return weight, torch.randn(outputs, dtype=torch.float64) if bias else None, None, A, B, scale if rank else None
+
+
+def reference(x: torch.Tensor, projection) -> torch.Tensor:
+    weight, bias, _, A, B, scale = projection
+    y = x @ weight.T
+    if A is not None:
+        y = y + scale * (x @ A.T) @ B.T
+    return y if bias is None else y + bias
+
+
+def trained(projections) -> list[torch.Tensor]:
+    return [tensor for _, _, _, A, B, _ in projections for tensor in (A, B) if tensor is not None]
+
+
+def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, leaves, upstream)
+    for mine, wanted in zip(got, torch.autograd.grad(theirs, leaves, upstream), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("need_x", [True, False])
+@pytest.mark.parametrize("ranks", [(4, 2, 3), (4, 0, 4), (1,), (0, 5)])
+def test_projections_of_one_input(ranks, need_x):
+    torch.manual_seed(0)
+    projections = [make_projection(6, 5 + index, rank, bias=index == 1) for index, rank in enumerate(ranks)]
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=need_x)
+    leaves = [*trained(projections), *([x] if need_x else [])]
+    outputs = project_in_graph(x, projections)
+    wanted = [reference(x, projection) for projection in projections]
+    assert_same_gradients(torch.cat(outputs, -1), torch.cat(wanted, -1), leaves)
+
+
+def test_outputs_that_nobody_uses_have_no_gradient():
+    torch.manual_seed(0)
+    projections = [make_projection(6, 5, 2), make_projection(6, 5, 2)]
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert_same_gradients(
+        project_in_graph(x, projections)[0], reference(x, projections[0]), [x, *trained(projections[:1])]
+    )
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+@pytest.mark.parametrize("ranks", [(4, 2, 3), (0, 3, 0), (2, 2, 0), (0, 0, 4)])
+def test_mlp(ranks, act, side_by_side):
+    torch.manual_seed(0)
+    gate, up, down = make_projection(6, 8, ranks[0]), make_projection(6, 8, ranks[1]), make_projection(8, 5, ranks[2])
+    if side_by_side:
+        weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in (gate, up)]
+        lay_side_by_side(*weights)
+        assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
+        gate, up = ((weight, *projection[1:]) for weight, projection in zip(weights, (gate, up), strict=True))
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    ours = mlp_in_graph(x, [gate, up, down], act)
+    theirs = reference(ACTIVATIONS[act](reference(x, gate)) * reference(x, up), down)
+    # The activation computes in fp64 only where its inputs are: no rounding beyond that of the sums.
+    assert_same_gradients(ours, theirs, [x, *trained([gate, up, down])])
+
+
+def test_laying_weights_side_by_side_keeps_them():
+    first, second = (torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2))
+    wanted = first.detach().clone(), second.detach().clone()
+    lay_side_by_side(first, second)
+    torch.testing.assert_close(first.data, wanted[0], rtol=0, atol=0)
+    torch.testing.assert_close(second.data, wanted[1], rtol=0, atol=0)
+
+
+def test_gated_backward_leaves_the_activation_in_its_gradient():
+    torch.manual_seed(0)
+    gu, low, grad = torch.randn(5, 14), torch.randn(5, 3), torch.randn(5, 7)
+    b_gate, b_up, grad_low, a_T = torch.randn(7, 2), torch.randn(7, 1), torch.randn(5, 4), torch.randn(7, 4)
+    h = lora_gated_forward(gu, low, b_gate, b_up, "silu")
+    lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, "silu")
+    torch.testing.assert_close(grad, h)
