@@ -15,9 +15,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl.monkeypatch.attention import varlen
+from axolotl.monkeypatch.attention import shifted, varlen
 from axolotl.monkeypatch.attention.documents import MASK_BUILDERS, add_document_hook, register_masks
+from axolotl.monkeypatch.compile_layers import apply_torch_compile
+from axolotl.monkeypatch.fp8_base import apply_fp8_base
+from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
+from axolotl.monkeypatch.gradient_checkpointing.selective import Selection
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
+from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.schemas.validation.common import LORA_KERNELS
 
@@ -55,9 +60,9 @@ def _add_document_hook(cfg: DictDefault, model: nn.Module | None) -> None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(base, PreTrainedModel):
         used = base.config._attn_implementation or ""
-        reports = used == varlen.NAME or used in MASK_BUILDERS
+        ours = used in (varlen.NAME, shifted.NAME)
         for carrier in (base, model):
-            add_document_hook(carrier, varlen=used == varlen.NAME or "flash" in used, checked=reports)
+            add_document_hook(carrier, varlen=ours or "flash" in used, checked=ours or used in MASK_BUILDERS)
 
 
 def _keep_four_bits_unpacked(cfg: DictDefault, model: nn.Module | None) -> None:
@@ -71,17 +76,48 @@ def _wants_lora_kernels(cfg: DictDefault) -> bool:
 
 
 def _apply_lora_kernels(cfg: DictDefault, model: nn.Module | None) -> None:
-    if cfg.torch_compile:
-        # Seen on a GPU with PyTorch 2.11: the layers compile, the loss is right, the gradients of the adapters are zero.
-        refusal = "`torch_compile` has been seen to lose the gradients of fused adapters"
-    elif not isinstance(model, PeftModel):
-        refusal = "the trainer puts the adapter on after the model is loaded"
-    else:
+    if isinstance(model, PeftModel):
         apply_lora_kernel_patches(model, cfg)
         return
     for key in LORA_KERNELS:
         if cfg[key]:
-            note_choice(cfg, key, False, refusal)
+            note_choice(cfg, key, False, "the trainer puts the adapter on after the model is loaded")
+
+
+def _apply_fp8_base(cfg: DictDefault, model: nn.Module | None) -> None:
+    assert isinstance(model, PeftModel), "validation asks for an adapter"
+    apply_fp8_base(model, cfg)
+
+
+def _wants_compile(cfg: DictDefault) -> bool:
+    return cfg.torch_compile is None or bool(cfg.torch_compile)
+
+
+def _apply_torch_compile(cfg: DictDefault, model: nn.Module | None) -> None:
+    if model is not None:
+        apply_torch_compile(cfg, model)
+
+
+def _wants_activation_policies(cfg: DictDefault) -> bool:
+    return bool(cfg.gradient_checkpointing and (cfg.activation_offloading or cfg.selective_checkpointing))
+
+
+def _apply_activation_policies(cfg: DictDefault, model: nn.Module | None) -> None:
+    assert model is not None
+    wanted, selection = cfg.selective_checkpointing, None
+    if wanted:
+        selection = Selection(
+            save=tuple(wanted.save or ("attention",)),
+            save_sliding_window=bool(wanted.save_sliding_window),
+            recompute_layer_types=tuple(wanted.recompute_layer_types or ()),
+            offload=bool(wanted.offload),
+        )
+    apply_activation_policies(model, offloading=cfg.activation_offloading or None, selection=selection)
+
+
+def _apply_tiled_mlp(cfg: DictDefault, model: nn.Module | None) -> None:
+    assert model is not None
+    apply_tiled_mlp(model, cfg.tiled_mlp_num_shards)
 
 
 LEDGER: tuple[Patch, ...] = (
@@ -93,6 +129,15 @@ LEDGER: tuple[Patch, ...] = (
         stage="pre_model_load",
         condition=_always,
         apply=lambda cfg, model: varlen.register(),
+    ),
+    Patch(
+        name="axolotl_shifted attention",
+        what="registers an attention function with transformers' AttentionInterface and AttentionMaskInterface",
+        why="`s2_attention` attends within groups of tokens, shifted for half of the heads",
+        until="transformers ships shifted sparse attention",
+        stage="pre_model_load",
+        condition=lambda cfg: bool(cfg.s2_attention),
+        apply=lambda cfg, model: shifted.register(),
     ),
     Patch(
         name="documents in masks",
@@ -130,6 +175,42 @@ LEDGER: tuple[Patch, ...] = (
         stage="post_model_load",
         condition=_wants_lora_kernels,
         apply=_apply_lora_kernels,
+    ),
+    Patch(
+        name="frozen base in fp8",
+        what="the base layers of adapters by `Fp8Linear`, where the LoRA kernels run them",
+        why="frozen weights need no more than 8 bits to multiply by, and the matrix units are twice as fast with them",
+        until="peft has base layers in fp8",
+        stage="post_model_load",
+        condition=lambda cfg: bool(cfg.fp8),
+        apply=_apply_fp8_base,
+    ),
+    Patch(
+        name="tiled MLP",
+        what="the forward of each layer's MLP, on the instance, by one that calls it for pieces of the sequence",
+        why="the wide intermediates of an MLP over a very long sequence do not fit into memory at once",
+        until="transformers tiles MLPs",
+        stage="post_model_load",
+        condition=lambda cfg: bool(cfg.tiled_mlp),
+        apply=_apply_tiled_mlp,
+    ),
+    Patch(
+        name="activation policies",
+        what="`_set_gradient_checkpointing` of the model, on the instance, by one that gives each layer its own checkpoint function",
+        why="transformers has one checkpoint function for all layers and leaves their inputs on the GPU",
+        until="transformers takes a checkpoint function per layer",
+        stage="post_model_load",
+        condition=_wants_activation_policies,
+        apply=_apply_activation_policies,
+    ),
+    Patch(
+        name="compiled layers",
+        what="the forward of each decoder layer, on the instance, by a compiled one",
+        why="`torch.compile` of a whole model takes minutes, breaks at hooks and compiles anew for every shape",
+        until="transformers compiles models layer by layer",
+        stage="post_model_load",
+        condition=_wants_compile,
+        apply=_apply_torch_compile,
     ),
 )
 

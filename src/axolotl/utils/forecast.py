@@ -41,6 +41,12 @@ OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
     "paged_lion_8bit": lambda p: 1.02, "paged_lion_32bit": lambda p: 4.0,
     "adafactor": lambda p: 0.02, "came_pytorch": lambda p: p + 0.04, "muon": lambda p: p, "dion": lambda p: p,
     "sgd": lambda p: 0.0, "adagrad": lambda p: p, "rmsprop": lambda p: p, "rmsprop_bnb_8bit": lambda p: 1.02,
+    "rmsprop_bnb": lambda p: 4.0, "rmsprop_bnb_32bit": lambda p: 4.0, "paged_ademamix_32bit": lambda p: 12.0,
+    "paged_ademamix_8bit": lambda p: 3.05, "schedule_free_radam": lambda p: 2 * p, "schedule_free_sgd": lambda p: p,
+    "sinkgd": lambda p: 0.0, "lomo": lambda p: 0.0, "adalomo": lambda p: 0.02, "grokadamw": lambda p: 0.0,
+    "flash_adamw": lambda p: 2.1 + (1 if p == 2 else 0), "flash_adam": lambda p: 2.1 + (1 if p == 2 else 0),
+    "flash_lion": lambda p: 1.05 + (1 if p == 2 else 0), "flash_sgd": lambda p: 1 if p == 2 else 0.0,
+    "flash_sgdw": lambda p: 1 if p == 2 else 0.0,
 }  # fmt: skip
 
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context, cuBLAS and NCCL workspaces, loaded kernels
@@ -85,6 +91,11 @@ class Run:
         head_trained: whether the output head's weight gets a gradient.
         num_sequences_factor: forward passes whose activations are alive at once (2 for paired preference losses).
         reference_copy: a second, frozen model is in memory.
+        checkpoint_every: every how many layers are checkpointed; the others keep all.
+        keeps_attention: selective checkpointing keeps the results of attention; keeps_on_host: in host memory.
+        mlp_tiles: pieces of the sequence that an MLP runs over.
+        loss_chunks: pieces of the rows that head and loss run over, at least.
+        layers_on_host: the frozen weights of the layers wait in host memory.
         shard_weights, shard_gradients, shard_optimizer: over how many GPUs each is split.
     """
 
@@ -107,6 +118,12 @@ class Run:
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False
     offload: bool = False
+    checkpoint_every: int = 1
+    keeps_attention: bool = False
+    keeps_on_host: bool = False
+    mlp_tiles: int = 1
+    loss_chunks: int = 1
+    layers_on_host: bool = False
     attention_kind: Literal["flash", "eager"] = "flash"
     num_heads: int = 1
     fused_norm: bool = False
@@ -202,7 +219,9 @@ def layer_bytes(run: Run) -> float:
     own weight: frozen ones keep nothing, an adapter's A keeps its input, in a copy of its own when it was cast. Residual
     additions and rotary embeddings (whose factors need no gradient) keep nothing.
     """
-    kept = run.layer.num_norms * norm_bytes(run) + attention_bytes(run) + mlp_bytes(run)
+    # A tiled MLP keeps its input (counted with the linear layers that train) and is computed again in the backward pass.
+    mlp = mlp_bytes(run) if run.mlp_tiles <= 1 else 0
+    kept = run.layer.num_norms * norm_bytes(run) + attention_bytes(run) + mlp
     return kept + run.compute_bytes * run.layer.linear_inputs
 
 
@@ -212,20 +231,30 @@ def activation_bytes(run: Run) -> float:
     Without checkpointing every layer keeps what it needs; the backward of one layer adds the gradients of its widest
     intermediates (3cI for a gated MLP). With checkpointing each layer keeps only its input, cH, and the moment is one
     layer, recomputed in full, with its backward. Offloading moves the kept inputs to the CPU, of which two are in flight.
+    Selective checkpointing also keeps what attention gave, cA and its logsumexp.
     The loss is over when the layers' backward begins, so only the larger of the two moments counts.
     """
     layer, c = run.layer, run.compute_bytes
     tokens = run.tokens * run.num_sequences_factor
     one = layer_bytes(run)
     moment = c * layer.intermediate * layer.active_experts * (3 if layer.gated else 2)
+    if run.mlp_tiles > 1:
+        moment = (moment + mlp_bytes(run)) / run.mlp_tiles
     if run.checkpointing:
-        kept = c * layer.hidden * (2 if run.offload else run.num_layers)
+        recomputed = math.ceil(run.num_layers / run.checkpoint_every)
+        kept = c * layer.hidden * (min(2, recomputed) if run.offload else recomputed)
+        if run.keeps_attention:
+            kept += (c * layer.attention + 4 * run.num_heads) * (2 if run.keeps_on_host else recomputed)
+        kept += one * (run.num_layers - recomputed)
         moment += one
     else:
         kept = one * run.num_layers
     final_norm = norm_bytes(run) + c * layer.hidden
     dequantized = run.largest_linear * c if run.weight_bits < 16 else 0
-    return (kept + final_norm) * tokens + max(0.0, moment * tokens + dequantized - loss_bytes(run))
+    # Weights that are wider than the compute dtype are cast, and the casts kept for the backward pass.
+    casts = c * run.num_quantized if run.weight_bits == 16 and run.weight_bytes > c else 0
+    casts = casts / run.num_layers if run.checkpointing else casts
+    return (kept + final_norm) * tokens + casts + max(0.0, moment * tokens + dequantized - loss_bytes(run))
 
 
 def loss_bytes(run: Run) -> float:
@@ -238,7 +267,7 @@ def loss_bytes(run: Run) -> float:
     layer, c = run.layer, run.compute_bytes
     tokens = run.tokens * run.num_sequences_factor
     if run.fused_loss:
-        chunk = min(LOSS_CHUNK_ELEMENTS, tokens * run.vocab)
+        chunk = min(LOSS_CHUNK_ELEMENTS, math.ceil(tokens / run.loss_chunks) * run.vocab)
         head = 4 * run.vocab * layer.hidden if run.head_trained else 0
         return 12 * chunk + c * tokens * layer.hidden + head
     return tokens * run.vocab * (2 * c + 12)
@@ -262,7 +291,10 @@ def weight_bytes(run: Run) -> tuple[float, float]:
     size = plain * per_weight
     if run.num_quantized:
         bits = run.weight_bits
-        size += run.num_quantized * (bytes_per_quantized_weight(bits, run.double_quant) if bits < 16 else per_weight)
+        linears = run.num_quantized * (bytes_per_quantized_weight(bits, run.double_quant) if bits < 16 else per_weight)
+        if run.layers_on_host:
+            linears *= min(1.0, 2 / max(run.num_layers, 1))  # one layer that runs, and the next one
+        size += linears
     if run.reference_copy:
         size *= 2
     if run.shard_weights > 1:
@@ -311,6 +343,14 @@ def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantiz
     if not run.offload:
         both = dataclasses.replace(run, checkpointing=True, offload=True)
         options.append(("gradient_checkpointing: true, activation_offloading: true", exact, both))
+    if run.is_adapter and not run.layers_on_host and run.weight_bits != 8:
+        on_host = dataclasses.replace(run, layers_on_host=True, checkpointing=True, offload=True)
+        text = "gradient_checkpointing: true, activation_offloading: true, layer_offloading: true"
+        options.append((text, exact, on_host))
+    if run.mlp_tiles <= 1 and run.layer.active_experts == 1 and run.row_length > run.layer.hidden:
+        tiles = math.ceil(run.row_length / run.layer.hidden)
+        tiled = dataclasses.replace(run, checkpointing=True, mlp_tiles=tiles)
+        options.append(("gradient_checkpointing: true, tiled_mlp: true", exact, tiled))
     if run.attention_kind == "eager":
         options.append(("flash_attention: true", exact, dataclasses.replace(run, attention_kind="flash")))
     size = micro_batch_size

@@ -57,15 +57,23 @@ def resolve_dtype(cfg: DictDefault) -> None:
         cfg.fp16 = False
         note_choice(cfg, "fp16", False, "a CPU has no fp16 units; it computes in float32")
         LOG.warning("`fp16: true` needs a GPU; this CPU run computes in float32.")
-    if cfg.bf16:
+    if cfg.bf16 and cfg.fp16:
         cfg.fp16 = False
+        note_choice(cfg, "fp16", False, "`bf16` is on, and needs no loss scaling")
+    elif cfg.bf16:
+        cfg.fp16 = False
+    cfg.torch_dtype = _weight_dtype(cfg, kind)
 
+
+def _weight_dtype(cfg: DictDefault, kind: str) -> torch.dtype:
+    """The dtype that weights are loaded in; with `bf16` or `fp16`, matrix products may run in another one."""
+    if cfg.float32:
+        return torch.float32
     if cfg.bf16 or cfg.bfloat16:
-        cfg.torch_dtype = torch.bfloat16
-    elif cfg.fp16 or cfg.float16 or (cfg.load_in_8bit and kind != "cpu"):
-        cfg.torch_dtype = torch.float16
-    else:
-        cfg.torch_dtype = torch.float32
+        return torch.bfloat16
+    if cfg.fp16 or cfg.float16 or (cfg.load_in_8bit and kind != "cpu"):
+        return torch.float16
+    return torch.float32
 
 
 def resolve_tf32(cfg: DictDefault) -> None:
@@ -75,6 +83,9 @@ def resolve_tf32(cfg: DictDefault) -> None:
         known = capabilities.tf32
         cfg.tf32 = bool(known if known is not None else _gpu_has_tf32())
         note_choice(cfg, "tf32", cfg.tf32, "the GPU has TF32" if cfg.tf32 else "no GPU with TF32")
+    elif cfg.tf32 and torch.cuda.is_available() and not _gpu_has_tf32():
+        cfg.tf32 = False
+        note_choice(cfg, "tf32", False, "this GPU has no TF32 (it came with compute capability 8.0); float32 is exact")
     if cfg.tf32 and torch.cuda.is_available():
         use_tf32()
 

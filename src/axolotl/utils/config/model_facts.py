@@ -24,11 +24,9 @@ def resolve_model_facts(cfg: DictDefault) -> None:
     Raises:
         ModelError: the model's config cannot be loaded.
     """
-    from axolotl.loaders import load_model_config
-
     cfg.base_model_config = cfg.base_model_config or cfg.base_model
     cfg.tokenizer_config = cfg.tokenizer_config or cfg.base_model_config
-    model_config = load_model_config(cfg)
+    model_config = _load_config(cfg)
     cfg.model_config_type = model_config.model_type
     cfg.model_config_type_text = model_config.get_text_config().model_type
     cfg.is_multimodal = bool(cfg.is_multimodal) or reads_more_than_text(model_config)
@@ -38,6 +36,21 @@ def resolve_model_facts(cfg: DictDefault) -> None:
         key = f"is_{family}_derived_model"
         names = (str(cfg.base_model).lower(), str(cfg.type_of_model or "").lower())
         cfg[key] = bool(cfg[key]) or model_config.model_type in model_types or any(family in name for name in names)
+
+
+def _load_config(cfg: DictDefault) -> PretrainedConfig:
+    """The model's config, or only what its file says of a plain model when nothing but rows is prepared."""
+    from axolotl.loaders.plain_config import only_prepares, read_plain_config
+    from axolotl.loaders.utils import check_model_config, load_model_config, read_revision
+
+    source = str(cfg.base_model_config)
+    plain = None
+    if only_prepares() and not cfg.cls_model_config and not cfg.overrides_of_model_config:
+        plain = read_plain_config(source, read_revision(cfg, source))
+    if plain is None:
+        return load_model_config(cfg)
+    check_model_config(cfg, plain)
+    return plain
 
 
 def reads_more_than_text(model_config: PretrainedConfig) -> bool:

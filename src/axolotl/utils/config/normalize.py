@@ -92,8 +92,15 @@ def _resolve_gradient_checkpointing(cfg: DictDefault) -> None:
             False,
             "`unfrozen_parameters` freezes the embeddings, through which the reentrant kind finds no gradient",
         )
+    elif cfg.selective_checkpointing:
+        reentrant, reason = False, "`selective_checkpointing` needs to see the operations of a layer"
     elif cfg.rl:
         reentrant, reason = False, "`rl` runs the model several times per step"
+    elif (cfg.world_size or 1) > 1 or str(cfg.device).startswith("cuda"):
+        reentrant, reason = (
+            False,
+            "compiled layers then leave out what backward does not need, and DDP sees each weight once",
+        )
     else:
         reentrant, reason = True, "it saves the most memory; for `rl` and `unfrozen_parameters` it would be false"
     cfg.gradient_checkpointing_kwargs = {"use_reentrant": reentrant}

@@ -20,9 +20,11 @@ class AttentionConfig(Words):
     xformers_attention: bool | None = key("Same as `attn_implementation: xformers`.")
     sage_attention: bool | None = key("Same as `attn_implementation: sage`.")
     eager_attention: bool | None = key("Same as `attn_implementation: eager`.")
-    s2_attention: bool | None = key("Shifted sparse attention (Llama only).")
+    s2_attention: bool | None = key(
+        "Train with shifted sparse attention (LongLoRA): attention within groups of tokens."
+    )
     flex_attn_compile_kwargs: dict[str, Any] | None = key("Arguments for compiling flex attention.")
-    flash_attn_cross_entropy: bool | None = key("Use flash-attn's cross-entropy.")
+    flash_attn_cross_entropy: bool | None = key("Replaced by the fused linear cross-entropy, which is always on.")
     flash_attn_fuse_mlp: bool | None = key("Fuse part of the MLP.")
     flash_attn_d512: bool | None = key("Deprecated: use `large_head_attention`.")
     flash_optimum: bool | None = key("Use BetterTransformer.")

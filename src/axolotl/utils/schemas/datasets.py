@@ -58,7 +58,9 @@ class DatasetSource(Words):
     )
     name: Text | list[Text] | None = key("Configuration of the dataset on the hub; a list loads each of them.")
     split: Text | None = key("Split to load, such as `train` or `train[:10%]`.")
-    data_files: Text | list[Text] | None = key("Files to load from the folder or repository.")
+    data_files: Text | list[Text] | dict[str, Text | list[Text]] | None = key(
+        "Files to load from the folder or repository; a mapping gives those of each split."
+    )
     ds_type: Annotated[str | None, IGNORE_CASE] = key("Format of the files: json, csv, parquet, arrow or text.")
     revision: str | None = key("Branch, tag or commit of the dataset on the hub. Put numbers in quotes.")
     trust_remote_code: bool | None = key("Run Python code that comes with the dataset.", False)
@@ -176,7 +178,7 @@ class SyntheticDataset(Words):
     length: Int = key("Number of rows.", 1000, ge=1)
     sequence_length: Int | None = key("Tokens per row. Default: `sequence_len`.", ge=1)
     min_input_id: Int = key("Lowest token id.", 100, ge=0)
-    max_input_id: Int | None = key("Highest token id. Default: the vocabulary's last.", ge=0)
+    max_input_id: Int | None = key("Token ids are below this. Default: the size of the vocabulary.", ge=1)
     seed: Int | None = key("Seed of the rows. Default: `seed`.")
 
 

@@ -38,6 +38,7 @@ class ChatTemplate(StrEnum):
     gemma3n = "gemma3n"
     gemma4 = "gemma4"
     gemma4_unified = "gemma4_unified"
+    inst = "inst"
     jamba = "jamba"
     jinja = "jinja"
     llama3 = "llama3"

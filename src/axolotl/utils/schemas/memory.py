@@ -11,7 +11,10 @@ from axolotl.utils.schemas.quantization import PTQConfig, QATConfig
 class SelectiveCheckpointingConfig(Words):
     """Keep some results for the backward pass and recompute the others."""
 
-    save: list[str] = key("What to keep.", ["attention"])
+    save: list[str] = key(
+        "What to keep: `attention`, `mm`, `addmm`, `bmm`, `linear`, `matmul`, `all_matmuls`, or operators such as `aten.silu`.",
+        ["attention"],
+    )
     save_sliding_window: bool = key("Keep sliding-window attention too.", False)
     recompute_layer_types: list[str] | None = key("Layer types to recompute in full.")
     offload: bool = key("Keep it in host memory.", False)
@@ -37,7 +40,7 @@ class PrecisionConfig(Words):
     fp8_config: FP8Config | None = key("How float8 training scales.")
     bfloat16: bool | None = key("Keep weights in bfloat16, without mixed precision.")
     float16: bool | None = key("Keep weights in float16, without mixed precision.")
-    float32: bool | None = key("Keep weights in float32.")
+    float32: bool | None = key("Keep weights in float32; with `bf16: true`, compute in bfloat16.")
     tf32: Annotated[Literal["auto"] | bool | None, IGNORE_CASE] = key("Multiply float32 matrices in TF32.", "auto")
     fp32_norms: bool | None = key("Keep norms in float32 under FSDP2.")
     fp32_norm_classes: list[str] | None = key("Endings of the class names that are norms. Default: RMSNorm, LayerNorm.")
@@ -46,12 +49,14 @@ class PrecisionConfig(Words):
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = key("Arguments for gradient checkpointing.")
     activation_offloading: Annotated[Literal["legacy", "disk", "hidden_states"] | bool | None, IGNORE_CASE] = key(
-        "Move activations to host memory or disk.", False
+        "Move what checkpointing keeps to host memory (true, `hidden_states`, `legacy`) or `disk`.", False
     )
     selective_checkpointing: SelectiveCheckpointingConfig | bool | None = key(
         "Keep some results for the backward pass and recompute the others."
     )
-    layer_offloading: bool | None = key("Move the parameters of each layer to the GPU only when it runs.", False)
+    layer_offloading: bool | None = key(
+        "Keep frozen weights of the layers in host memory until they are needed.", False
+    )
     unfrozen_parameters: list[str] | None = key("Regular expressions of the parameters to train; others are frozen.")
     device: Any | None = key("Device to train on. Default: chosen for each process.")
     device_map: Any | None = key("Where parts of the model go, as transformers' `device_map`.")
@@ -59,7 +64,7 @@ class PrecisionConfig(Words):
         "Memory that each device may give to the model."
     )
     gpu_memory_limit: Int | str | None = key("Memory that every GPU may give to the model; a number is in gigabytes.")
-    low_cpu_mem_usage: bool | None = key("Load the model without a second copy in host memory.")
+    low_cpu_mem_usage: bool | None = key("Load the model without a second copy in host memory, as is always done.")
     torch_compile: Annotated[Literal["auto"] | bool | None, IGNORE_CASE] = key("Compile the model.")
     torch_compile_backend: str | None = key("Backend of the compiler.")
     torch_compile_mode: Annotated[

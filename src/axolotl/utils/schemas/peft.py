@@ -33,7 +33,9 @@ class LoraConfig(Words):
 
     load_in_8bit: bool | None = key("Load the base model in 8 bits.", False)
     load_in_4bit: bool | None = key("Load the base model in 4 bits (bitsandbytes).", False)
-    adapter: Annotated[str | None, IGNORE_CASE] = key("`lora`, `qlora`, or empty to train all weights.")
+    adapter: Annotated[str | None, IGNORE_CASE] = key(
+        "`lora`, `qlora`, `llama-adapter`, or empty to train all weights."
+    )
     lora_model_dir: Text | None = key("Trained adapter to start from. To use a result, write its `output_dir`.")
     lora_r: Int | None = key("Rank of the LoRA matrices.", ge=1)
     lora_alpha: Int | None = key("LoRA scale: the update is multiplied by `lora_alpha / lora_r`.")
@@ -60,7 +62,7 @@ class LoraConfig(Words):
     peft_use_rslora: bool | None = key("Use rsLoRA: scale by `lora_alpha / sqrt(lora_r)`.")
     peft_layer_replication: list[tuple[Int, Int]] | None = key("Ranges of layers to stack, as `[start, end]` pairs.")
     peft_init_lora_weights: bool | str | None = key(
-        "How LoRA starts: true (B is zero), `gaussian`, `pissa`, `olora`, `loftq`, `eva`, `corda`, ..."
+        "How LoRA starts: true (B is zero), false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_4`, `olora`, `loftq` or `mica`."
     )
     peft_trainable_token_indices: list[Int] | dict[str, list[Int]] | None = key(
         "Token ids whose embeddings are trained; or, per embedding layer, its token ids."
@@ -96,4 +98,4 @@ class ReLoRAConfig(Words):
     relora_prune_method: Annotated[Literal["magnitude", "random", "reset"] | None, IGNORE_CASE] = key(
         "Which part of the optimizer state to drop at a restart.", "magnitude"
     )
-    relora_cpu_offload: bool | None = key("Merge on the CPU at a restart, to save GPU memory.")
+    relora_cpu_offload: bool | None = key("Merge on the CPU at a restart, as is always done.")

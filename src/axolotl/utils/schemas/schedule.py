@@ -27,14 +27,23 @@ class ScheduleConfig(Words):
     save_total_limit: Int | None = key("Most checkpoints to keep.", ge=0)
     save_first_step: bool | None = key("Save after the first step, to see that saving works.")
     save_only_model: bool | None = key("Save weights without the optimizer; the run cannot be resumed.", False)
-    async_save: bool | None = key("Write checkpoints to disk while training goes on.")
+    async_save: bool | None = key(
+        "Write checkpoints on a thread: training waits only until weights and optimizer are copied to host memory. Default: true "
+        "where half of the free host memory holds the copy."
+    )
     dynamic_checkpoint: DynamicCheckpointConfig | None = key("Save a checkpoint when a file appears.")
     load_best_model_at_end: bool | None = key("End with the best checkpoint instead of the last.", False)
     metric_for_best_model: str | None = key("Metric that says which checkpoint is best.")
     greater_is_better: bool | None = key("A higher metric is better.")
     early_stopping_patience: Int | None = key("Stop after this many evaluations without improvement.", ge=1)
     loss_watchdog_threshold: Float | None = key("Stop when the loss stays above this.")
-    loss_watchdog_patience: Int | None = key("Steps above the threshold before the run stops. Default: 3.", ge=1)
+    loss_watchdog_patience: Int | None = key(
+        "Log lines above the threshold, or non-finite steps, in a row before the run stops. Default: 3.", ge=1
+    )
+    non_finite_policy: Literal["skip", "stop", "raise"] | None = key(
+        "A step without a finite loss or gradient is left out. `stop`: after `loss_watchdog_patience` in a row, save and end. "
+        "`skip`: go on. `raise`: end at the first. Default: stop."
+    )
     logging_steps: Int | Float | None = key("Log every so many steps.", ge=0)
     use_tensorboard: bool | None = key("Report to TensorBoard.")
     profiler_steps: Int | None = key("Record this many steps with PyTorch's profiler.", ge=1)
@@ -42,18 +51,35 @@ class ScheduleConfig(Words):
     include_tokens_per_second: bool | None = key("Report tokens per second at the end.")
     include_tkps: bool | None = key("Report tokens per second and GPU during training.", True)
     neftune_noise_alpha: Float | None = key("NEFTune: noise on embeddings; the paper uses 5.")
-    eval_table_size: Int | None = key("Predictions to log as a table; 0 turns it off.", ge=0)
-    eval_max_new_tokens: Int | None = key("Tokens generated for each of them. Default: 128.", ge=1)
-    do_causal_lm_eval: bool | None = key("Compute the metrics of `eval_causal_lm_metrics` on generated text.")
-    eval_causal_lm_metrics: list[str] | None = key("Any of sacrebleu, comet, ter, chrf, perplexity.")
-    do_bench_eval: bool | None = key("Evaluate on a multiple-choice benchmark.")
-    bench_dataset: str | None = key("Dataset of the benchmark.")
-    bench_split: str | None = key("Split of the benchmark.")
-    generate_samples: bool | None = key("Generate samples at each evaluation.", False)
+    eval_table_size: Int | None = key(
+        "Older form of `generate_samples`: rows to answer greedily at each evaluation.", ge=0
+    )
+    eval_max_new_tokens: Int | None = key(
+        "Longest answer of `eval_table_size` and `do_causal_lm_eval`, in tokens. Default: 128.", ge=1
+    )
+    do_causal_lm_eval: bool | None = key("At each evaluation, answer every row and compare with the answers there.")
+    eval_causal_lm_metrics: list[str] | None = key(
+        "Any of sacrebleu, comet, ter, chrf, perplexity. Default: the first four. Logged as `eval_<name>`."
+    )
+    do_bench_eval: bool | None = key("Answer a multiple-choice benchmark at each evaluation.")
+    bench_dataset: str | None = key(
+        "A local file with `input`, `output` (a letter) and `name`, `owner/dataset/file` on the hub, `mmlu-zs` or `mmlu-fs`. "
+        "Default: a small Dharma set."
+    )
+    bench_split: str | None = key(
+        "Split of the benchmark, and the beginning of the names of its metrics. Default: eval."
+    )
+    generate_samples: bool | None = key("Write answers to the first evaluation rows at each evaluation.", False)
     num_generation_samples: Int | None = key("Samples to generate.", 3, ge=1)
     generation_max_new_tokens: Int | None = key("Tokens generated per sample.", 50, ge=1)
     generation_temperature: Float | None = key("Sampling temperature.", 0.7, ge=0)
-    generation_top_p: Float | None = key("Sample from the most probable tokens that sum to this.")
-    generation_top_k: Int | None = key("Sample from this many most probable tokens.")
-    generation_prompt_ratio: Float | None = key("Share of a row that is the prompt.", 0.5, ge=0, le=1)
+    generation_top_p: Float | None = key(
+        "Sample from the most probable tokens that sum to this. Default: as the model's generation config says."
+    )
+    generation_top_k: Int | None = key(
+        "Sample from this many most probable tokens. Default: as the model's generation config says."
+    )
+    generation_prompt_ratio: Float | None = key(
+        "Share of a row that is its prompt, for rows without a part that is not trained on.", 0.5, ge=0, le=1
+    )
     generation_do_sample: bool | None = key("Sample instead of taking the most probable token.", True)

@@ -20,6 +20,7 @@ from axolotl.utils.schemas.validation import (
     model,
     optimizer,
     peft,
+    precision,
     rl,
     training,
 )
@@ -29,6 +30,7 @@ CHECKS: tuple[Callable[[DictDefault], None], ...] = (
     *datasets.CHECKS,
     *training.CHECKS,
     *model.CHECKS,
+    *precision.CHECKS,
     *memory.CHECKS,
     *optimizer.CHECKS,
     *rl.CHECKS,

@@ -122,6 +122,12 @@ def scaling_softmax_needs_flex_attention(cfg: DictDefault) -> None:
         )
 
 
+def shifted_attention_is_not_compiled(cfg: DictDefault) -> None:
+    """Groups of tokens are worked out from the documents of each batch, which a compiled layer would do anew for every shape."""
+    if cfg.s2_attention and cfg.torch_compile is None:
+        fill(cfg, "torch_compile", False, "`s2_attention` cuts each batch in groups of its own")
+
+
 def large_head_attention_is_a_known_policy(cfg: DictDefault) -> None:
     """`large_head_attention` is auto, sdpa or triton_flash."""
     value = cfg.large_head_attention
@@ -208,6 +214,7 @@ CHECKS = (
     packing_chooses_an_attention_that_knows_borders,
     packing_needs_an_attention_that_keeps_documents_apart,
     scaling_softmax_needs_flex_attention,
+    shifted_attention_is_not_compiled,
     large_head_attention_is_a_known_policy,
     sdpa_varlen_is_for_packing,
     sage_attention_needs_padding_an_adapter_and_a_gpu_it_was_built_for,

@@ -1,19 +1,13 @@
-"""Number formats, checkpointing, offloading, quantization-aware training."""
+"""Checkpointing, offloading, tiling, quantization-aware training."""
 
 from __future__ import annotations
 
-import importlib.util
-
-from axolotl.exceptions import ConfigError, MissingExtraError
+from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schemas.validation.common import (
-    capability,
     fill,
-    fsdp_option,
-    fsdp_version,
     is_reentrant,
-    knows_document_borders,
     torch_is_older_than,
 )
 
@@ -21,70 +15,33 @@ LOG = get_logger(__name__)
 
 # Operations that adapters change: their saved results would be those of the frozen weights alone.
 MATMUL_OPS = frozenset({"matmul", "mm", "addmm", "bmm", "linear", "all_matmuls"})
+# Arguments of torch.utils.checkpoint.checkpoint, and the two that transformers takes out.
+NON_REENTRANT_ARGUMENTS = frozenset({"determinism_check", "debug", "early_stop"})
+CHECKPOINT_ARGUMENTS = NON_REENTRANT_ARGUMENTS | {"use_reentrant", "preserve_rng_state", "every_n_layers", "offload"}
 SELECTIVE_DEFAULT = {"save": ["attention"], "save_sliding_window": False, "offload": False}
 
 
-def bf16_needs_a_gpu_that_has_it(cfg: DictDefault) -> None:
-    """bf16 that was asked for by name and is not there is slow or fails."""
-    if (cfg.bf16 in (True, "full") or cfg.bfloat16) and capability(cfg, "bf16") is False:
-        LOG.warning(
-            "bf16 requested, but AMP is not supported on this GPU. Requires Ampere series or above. Write `bf16: auto`."
-        )
-
-
-def fp8_needs_a_gpu_that_has_it(cfg: DictDefault) -> None:
-    """float8 matrix products need Ada, Hopper or newer, and torchao."""
-    if cfg.fp8 and capability(cfg, "fp8") is False:
-        raise ConfigError(
-            "`fp8: true`: fp8 requested, but fp8 is not supported on this GPU (it needs sm_89 or newer). Write `bf16: auto`."
-        )
-    if cfg.fp8 and importlib.util.find_spec("torchao") is None:
-        raise MissingExtraError("torchao", "torchao", "`fp8: true`")
-
-
-def fp8_pays_off_when_compiled(cfg: DictDefault) -> None:
-    """The casts of float8 cost more than they save unless the compiler fuses them."""
-    if not cfg.fp8:
+def checkpointing_takes_known_arguments(cfg: DictDefault) -> None:
+    """`gradient_checkpointing_kwargs` are those of torch's checkpoint and of transformers, and choose its kind."""
+    kwargs = cfg.gradient_checkpointing_kwargs
+    if not kwargs:
         return
-    if not cfg.torch_compile:
-        LOG.warning(
-            "`fp8: true` without `torch_compile: true` is likely to be slower than bf16. Write `torch_compile: true`."
-        )
-    if fsdp_option(cfg, "activation_checkpointing"):
-        LOG.warning(
-            "`fp8: true` with `fsdp_config: {activation_checkpointing: true}` may be slower than bf16. Write `activation_checkpointing: false`."
-        )
-
-
-def fp8_options_need_fp8(cfg: DictDefault) -> None:
-    """A float8 recipe needs `fp8`; sending float8 weights between GPUs needs FSDP2 and one scale per tensor."""
-    if cfg.fp8_config and not cfg.fp8:
-        raise ConfigError("`fp8_config` requires `fp8: true`. Add it, or remove `fp8_config`.")
-    if not cfg.fp8_enable_fsdp_float8_all_gather:
-        return
-    recipe = (cfg.fp8_config or DictDefault()).recipe or "tensorwise"
-    if recipe != "tensorwise":
+    unknown = sorted(set(kwargs) - CHECKPOINT_ARGUMENTS)
+    if unknown:
         raise ConfigError(
-            f"`fp8_enable_fsdp_float8_all_gather: true` requires `fp8_config: {{recipe: tensorwise}}`, but the recipe is `{recipe}`. Remove one."
+            f"`gradient_checkpointing_kwargs` has no argument {', '.join(f'`{name}`' for name in unknown)}. Known are "
+            f"{', '.join(sorted(CHECKPOINT_ARGUMENTS))}."
         )
-    if fsdp_version(cfg) != 2:
+    if kwargs.use_reentrant is None:
+        kwargs.use_reentrant = False
+        note_choice(
+            cfg, "gradient_checkpointing_kwargs.use_reentrant", False, "works with frozen inputs and every wrapper"
+        )
+    elif kwargs.use_reentrant and set(kwargs) & NON_REENTRANT_ARGUMENTS:
+        wrong = sorted(set(kwargs) & NON_REENTRANT_ARGUMENTS)
         raise ConfigError(
-            "`fp8_enable_fsdp_float8_all_gather: true` requires FSDP2. Write `fsdp_version: 2` and `fsdp_config:`, or remove it."
-        )
-
-
-def tf32_auto_follows_the_gpu(cfg: DictDefault) -> None:
-    """`tf32: auto`, the default, is true where the GPU has TF32."""
-    if cfg.tf32 in (None, "auto") and capability(cfg, "tf32") is not None:
-        has = bool(capability(cfg, "tf32"))
-        fill(cfg, "tf32", has, "the GPU has TF32" if has else "no GPU with TF32")
-
-
-def fp16_full_training_packs_with_flash_attention(cfg: DictDefault) -> None:
-    """Full fine-tuning in fp16 on packed rows has been seen to overflow with masks."""
-    if cfg.fp16 and not cfg.adapter and cfg.sample_packing and not knows_document_borders(cfg.attn_implementation):
-        LOG.warning(
-            "Full fine tune w/o FA2 w/ sample packing and fp16/float16 is likely to raise errors. Try LoRA, or `flash_attention: true`."
+            f"`gradient_checkpointing_kwargs: {{use_reentrant: true}}` does not take {', '.join(f'`{name}`' for name in wrong)}. Write "
+            "`use_reentrant: false`."
         )
 
 
@@ -163,7 +120,14 @@ def selective_checkpointing_refines_checkpointing(cfg: DictDefault) -> None:
             f"selective_checkpointing cannot be combined with `activation_offloading: {cfg.activation_offloading}`. Write "
             "`activation_offloading: hidden_states`, or remove one."
         )
-    saved = MATMUL_OPS.intersection(cfg.selective_checkpointing.save or [])
+    words = cfg.selective_checkpointing.save or []
+    unknown = [word for word in words if word != "attention" and word not in MATMUL_OPS and not set(word) & set(".:")]
+    if unknown:
+        problems.append(
+            f"`selective_checkpointing: {{save: {unknown}}}` names no operation. Known are attention, {', '.join(sorted(MATMUL_OPS))}, and "
+            "operators of torch by their full names, such as `aten.mm`."
+        )
+    saved = MATMUL_OPS.intersection(words)
     if cfg.adapter and saved:
         problems.append(
             f"selective_checkpointing with an adapter cannot save matmul results ({', '.join(sorted(saved))}): the adapter changes them. Write "
@@ -171,9 +135,72 @@ def selective_checkpointing_refines_checkpointing(cfg: DictDefault) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    if cfg.torch_compile is None:
+        fill(
+            cfg,
+            "torch_compile",
+            False,
+            "compiled layers choose for themselves what to keep, not by `selective_checkpointing`",
+        )
     if cfg.torch_compile:
         LOG.warning(
             "`selective_checkpointing` with `torch_compile: true`: the compiler chooses for itself what to keep."
+        )
+
+
+def layer_offloading_moves_frozen_weights(cfg: DictDefault) -> None:
+    """Only weights that do not train are moved, by one process that holds them whole."""
+    if not cfg.layer_offloading:
+        return
+    problems = []
+    if not cfg.adapter and not cfg.unfrozen_parameters and not cfg.lisa_n_layers:
+        problems.append(
+            "`layer_offloading: true` moves frozen weights, but without `adapter` all weights train. Write `adapter: lora`, or remove "
+            "`layer_offloading` (`activation_offloading: true` and `optimizer: adamw_8bit` save memory in full training)."
+        )
+    if cfg.fsdp or cfg.fsdp_config or cfg.deepspeed:
+        problems.append(
+            "`layer_offloading: true` cannot be combined with FSDP or DeepSpeed, which move weights themselves. Write "
+            "`fsdp_config: {offload_params: true}`, or ZeRO-3 with `offload_param`."
+        )
+    if cfg.torch_compile is True:
+        problems.append(
+            "`layer_offloading: true` cannot be combined with `torch_compile: true`: compiled code expects weights where they were. "
+            "Remove one."
+        )
+    if problems:
+        raise ConfigError(problems)
+    if cfg.load_in_8bit:
+        LOG.warning(
+            "`layer_offloading: true` with `load_in_8bit: true`: 8-bit weights stay on the GPU, only the others move."
+        )
+
+
+def tiles_are_of_the_models_own_mlp(cfg: DictDefault) -> None:
+    """Tiling computes what the model's MLP computes; its settings need it."""
+    if not cfg.tiled_mlp:
+        if cfg.tiled_mlp_num_shards:
+            LOG.warning("`tiled_mlp_num_shards: %s` has no effect without `tiled_mlp: true`.", cfg.tiled_mlp_num_shards)
+        return
+    if cfg.torch_compile is True:
+        raise ConfigError(
+            "`tiled_mlp: true` cannot be combined with `torch_compile: true`: compiled, the pieces would be one graph again. Remove one."
+        )
+    if cfg.tiled_mlp_use_original_mlp is False:
+        fill(
+            cfg,
+            "tiled_mlp_use_original_mlp",
+            True,
+            "a general MLP would compute the same for Llama and something else for other models",
+        )
+
+
+def losses_are_cut_in_chunks_once(cfg: DictDefault) -> None:
+    """A number of chunks needs the chunked loss."""
+    if cfg.chunked_cross_entropy_num_chunks and not cfg.chunked_cross_entropy:
+        LOG.warning(
+            "`chunked_cross_entropy_num_chunks: %s` has no effect without `chunked_cross_entropy: true`.",
+            cfg.chunked_cross_entropy_num_chunks,
         )
 
 
@@ -200,16 +227,14 @@ def rounding_is_simulated_on_full_weights(cfg: DictDefault) -> None:
 
 
 CHECKS = (
-    bf16_needs_a_gpu_that_has_it,
-    fp8_needs_a_gpu_that_has_it,
-    fp8_pays_off_when_compiled,
-    fp8_options_need_fp8,
-    tf32_auto_follows_the_gpu,
-    fp16_full_training_packs_with_flash_attention,
+    checkpointing_takes_known_arguments,
     frozen_embeddings_break_reentrant_checkpointing,
     offloading_is_a_key_of_its_own,
     only_checkpoints_are_offloaded,
     offloaded_hidden_states_use_plain_checkpointing,
     selective_checkpointing_refines_checkpointing,
+    layer_offloading_moves_frozen_weights,
+    tiles_are_of_the_models_own_mlp,
+    losses_are_cut_in_chunks_once,
     rounding_is_simulated_on_full_weights,
 )

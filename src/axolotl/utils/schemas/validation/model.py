@@ -97,6 +97,15 @@ def memory_limits_are_given_once(cfg: DictDefault) -> None:
         )
 
 
+def memory_is_written_as_a_size(cfg: DictDefault) -> None:
+    """A number of bytes or a text such as `20GiB`; `gpu_memory_limit` counts in gigabytes."""
+    sizes = {f"max_memory: {{{device}: ...}}": size for device, size in (cfg.max_memory or {}).items()}
+    sizes["gpu_memory_limit"] = cfg.gpu_memory_limit
+    for key, size in sizes.items():
+        if isinstance(size, str) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGTP]i?B)?", size.strip(), re.IGNORECASE):
+            raise ConfigError(f"`{key}` is {size!r}, which is no size. Write a number, or a text such as `20GiB`.")
+
+
 def a_model_is_quantized_once(cfg: DictDefault) -> None:
     """A model that comes quantized is not quantized again by bitsandbytes."""
     if cfg.model_quantization_config and (cfg.load_in_8bit or cfg.load_in_4bit):
@@ -168,6 +177,7 @@ CHECKS = (
     compile_options_are_known_and_used,
     torch_is_recent,
     memory_limits_are_given_once,
+    memory_is_written_as_a_size,
     a_model_is_quantized_once,
     one_fused_loss_replaces_the_loss,
     mpt_has_no_checkpointing,

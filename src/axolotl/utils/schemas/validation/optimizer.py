@@ -18,6 +18,12 @@ from axolotl.utils.schemas.validation.common import (
 
 LOG = get_logger(__name__)
 
+# Optimizers whose updates happen inside the backward pass.
+UPDATES_IN_BACKWARD = frozenset(
+    """lomo adalomo galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise
+    apollo_adamw_layerwise""".split()  # noqa: SIM905
+)
+
 
 def adam_settings_are_for_adam(cfg: DictDefault) -> None:
     """Betas and epsilon do nothing for an optimizer that is no Adam."""
@@ -27,7 +33,7 @@ def adam_settings_are_for_adam(cfg: DictDefault) -> None:
         if cfg[key] is not None
     ]
     # Others that read them: Adam by another name, and CAME, which has three betas and two epsilons.
-    reads_them = ("adam", "came", "adopt", "ademamix", "apollo", "lion", "radam")
+    reads_them = ("adam", "came", "adopt", "ademamix", "apollo", "lion", "muon", "dion", "sinkgd")
     if written and not any(word in optimizer_name(cfg) for word in reads_them):
         LOG.warning(
             "adamw hyperparameters found, but no adamw optimizer set: %s with `optimizer: %s`.",
@@ -121,6 +127,104 @@ def adopt_needs_torch_2_5_1(cfg: DictDefault) -> None:
         )
 
 
+def updates_in_backward_need_whole_batches(cfg: DictDefault) -> None:
+    """LOMO and layerwise optimizers update a weight as soon as its gradient is there: nothing can be summed up before."""
+    name = optimizer_name(cfg)
+    if name not in UPDATES_IN_BACKWARD:
+        return
+    problems = []
+    if more_than_one(cfg.gradient_accumulation_steps):
+        problems.append(
+            f"`optimizer: {name}` updates the weights in every backward pass and cannot accumulate gradients: "
+            f"`gradient_accumulation_steps: {cfg.gradient_accumulation_steps}`. Write `gradient_accumulation_steps: 1` with a larger "
+            "`micro_batch_size`."
+        )
+    if cfg.fp16 and not cfg.bf16:
+        problems.append(
+            f"`optimizer: {name}` updates the weights before the loss scale of `fp16: true` can be checked. Write `bf16: true`."
+        )
+    if cfg.fsdp or cfg.fsdp_config or cfg.deepspeed:
+        problems.append(
+            f"`optimizer: {name}` updates whole weights on one GPU. Remove `fsdp_config` and `deepspeed`, or choose another optimizer."
+        )
+    if cfg.non_finite_policy in ("skip", "stop"):
+        problems.append(
+            f"`non_finite_policy: {cfg.non_finite_policy}` leaves bad steps out, but `optimizer: {name}` has updated the weights before "
+            "one is seen. Write `non_finite_policy: raise`."
+        )
+    if problems:
+        raise ConfigError(problems)
+    if cfg.non_finite_policy is None:
+        fill(
+            cfg, "non_finite_policy", "raise", f"`optimizer: {name}` has updated the weights before a bad step is seen"
+        )
+    if cfg.max_grad_norm:
+        LOG.warning(
+            "`max_grad_norm: %s` has no effect with `optimizer: %s`, which never has all gradients at once.",
+            cfg.max_grad_norm,
+            name,
+        )
+    if name in ("lomo", "adalomo"):
+        grouped = [key for key in ("lr_groups", "embedding_lr", "embedding_lr_scale") if cfg[key]]
+        if grouped:
+            raise ConfigError(
+                f"`{grouped[0]}` cannot be used with `optimizer: {name}`, which has one learning rate. Remove it."
+            )
+
+
+def projections_need_to_know_their_modules(cfg: DictDefault) -> None:
+    """GaLore and APOLLO work on the linear layers of `optim_target_modules`; nothing else reads it."""
+    name = optimizer_name(cfg)
+    projects = name.startswith(("galore_", "apollo_", "q_galore_"))
+    if projects and not cfg.optim_target_modules:
+        raise ConfigError(
+            f"`optimizer: {name}` needs `optim_target_modules`: the layers whose gradients it projects. Write `optim_target_modules: "
+            "all_linear`, or a list such as `[self_attn, mlp]`."
+        )
+    if cfg.optim_target_modules and not projects:
+        LOG.warning("`optim_target_modules` has no effect with `optimizer: %s`.", name)
+
+
+def schedule_free_optimizers_need_no_schedule(cfg: DictDefault) -> None:
+    """A schedule-free optimizer warms up and averages by itself; another schedule on top works against it."""
+    if optimizer_name(cfg).startswith("schedule_free") and cfg.lr_scheduler != "constant":
+        LOG.warning(
+            "`optimizer: %s` brings its own warmup and decay: `lr_scheduler: %s` comes on top of them. Write `lr_scheduler: constant`.",
+            optimizer_name(cfg),
+            cfg.lr_scheduler or "cosine",
+        )
+
+
+def schedule_keys_have_a_schedule(cfg: DictDefault) -> None:
+    """A key of one schedule does nothing for another."""
+    name = str(cfg.lr_scheduler or "cosine")
+    by_metric = name in ("reduce_lr_on_plateau", "greedy")
+    if cfg.jagged_restart_steps and by_metric:
+        raise ConfigError(
+            f"`jagged_restart_steps` cannot be used with `lr_scheduler: {name}`, whose rate follows the evaluations. Write "
+            "`lr_scheduler: cosine`."
+        )
+    for key, schedules, also in (
+        ("cosine_min_lr_ratio", ("cosine", "rex"), "jagged_restart_steps"),
+        ("cosine_constant_lr_ratio", ("cosine",), None),
+        ("lr_quadratic_warmup", ("cosine",), None),
+        ("lr_div_factor", ("one_cycle",), None),
+    ):
+        if cfg[key] and name not in schedules and not (also and cfg[also]):
+            LOG.warning(
+                "`%s: %s` has no effect with `lr_scheduler: %s`. It is for %s.",
+                key,
+                cfg[key],
+                name,
+                " and ".join(schedules),
+            )
+    if cfg.cosine_constant_lr_ratio and not cfg.cosine_min_lr_ratio:
+        LOG.warning("`cosine_constant_lr_ratio` has no effect without `cosine_min_lr_ratio`, the rate that stays.")
+    for key in ("jagged_restart_warmup_steps", "jagged_restart_anneal_steps"):
+        if cfg[key] and not cfg.jagged_restart_steps:
+            LOG.warning("`%s: %s` has no effect without `jagged_restart_steps`.", key, cfg[key])
+
+
 def learning_rates_are_grouped_once(cfg: DictDefault) -> None:
     """`lr_groups` and LoRA+ both divide the parameters into groups."""
     if cfg.lr_groups and cfg.loraplus_lr_ratio:
@@ -164,6 +268,10 @@ CHECKS = (
     polora_trains_plain_lora,
     q_galore_projects_full_weights,
     adopt_needs_torch_2_5_1,
+    updates_in_backward_need_whole_batches,
+    projections_need_to_know_their_modules,
+    schedule_free_optimizers_need_no_schedule,
+    schedule_keys_have_a_schedule,
     learning_rates_are_grouped_once,
     batch_flattening_needs_an_attention_that_knows_borders,
 )

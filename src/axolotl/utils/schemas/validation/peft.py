@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from axolotl.exceptions import ConfigError
@@ -15,6 +16,7 @@ from axolotl.utils.schemas.validation.common import (
     is_lora,
     is_reentrant,
     num_gpus,
+    rl_method,
     torch_is_older_than,
 )
 
@@ -25,6 +27,8 @@ OUR_ADAPTERS = {
     "qlora": AdapterCapabilities("qlora", relora=True),
     "llama-adapter": AdapterCapabilities("llama-adapter", lora_like=False),
 }
+LORA_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "mica", "eva", "corda", "lora_ga")
+METHODS_WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo", "gdpo", "ebft")
 # Layers with several experts; torch.compile-like fusing of their LoRA needs torch 2.9.
 EXPERT_MODELS = ("moe", "mixtral", "a3b", "a22b", "gpt-oss", "deepseek-v", "dbrx", "jamba")
 
@@ -112,15 +116,105 @@ def lora_target_names_are_regular_expressions(cfg: DictDefault) -> None:
 
 def layers_to_transform_are_not_unfrozen_too(cfg: DictDefault) -> None:
     """Layer choices for LoRA and for full training may overlap."""
-    if cfg.adapter and cfg.peft_layers_to_transform and cfg.unfrozen_parameters:
+    if cfg.adapter and cfg.peft_layers_to_transform is not None and cfg.unfrozen_parameters:
         raise ConfigError(
             "`unfrozen_parameters` used with `peft_layers_to_transform` can have unexpected behavior. Remove one."
         )
 
 
+def lora_starts_in_a_known_way(cfg: DictDefault) -> None:
+    """`peft_init_lora_weights` is true, false or one of the names that peft documents."""
+    init = cfg.peft_init_lora_weights
+    if not isinstance(init, str):
+        return
+    name = init.strip().lower()
+    if name in ("true", "false"):
+        cfg.peft_init_lora_weights = name == "true"
+        return
+    if name not in LORA_STARTS and not re.fullmatch(r"pissa_niter_\d+", name):
+        near = difflib.get_close_matches(name, LORA_STARTS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(
+            f"`peft_init_lora_weights: {init}` is not known.{hint} Write true, false, {', '.join(LORA_STARTS)} or `pissa_niter_4`."
+        )
+    cfg.peft_init_lora_weights = name
+    ranks = [cfg.lora_r or 8, *(cfg.lora_rank_pattern or {}).values()]
+    if name == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise ConfigError(
+            f"`peft_init_lora_weights: orthogonal` needs even ranks, but they are {', '.join(map(str, ranks))}. Change `lora_r`."
+        )
+
+
+def a_start_that_changes_the_base_finds_whole_weights(cfg: DictDefault) -> None:
+    """PiSSA, OLoRA and LoftQ decompose the base weights, which must be there unquantized, unsharded, and stay."""
+    init = str(cfg.peft_init_lora_weights)
+    loftq = cfg.peft.loftq_config if isinstance(cfg.peft, dict) else None
+    if loftq and init not in ("None", "True", "loftq"):
+        raise ConfigError(
+            f"`peft: {{loftq_config: ...}}` and `peft_init_lora_weights: {init}` are two starts of LoRA. Remove one."
+        )
+    is_loftq = bool(loftq) or init == "loftq"
+    if not is_lora(cfg) or not (is_loftq or init == "olora" or init.startswith("pissa")):
+        return
+    written = "`peft: {loftq_config: ...}`" if loftq else f"`peft_init_lora_weights: {init}`"
+    problems = []
+    if loftq and loftq.loftq_bits not in (None, 4, 8):
+        problems.append(f"`loftq_bits: {loftq.loftq_bits}` is not 4 or 8. Write one of them.")
+    quantized = [key for key in ("load_in_4bit", "load_in_8bit", "gptq", "model_quantization_config") if cfg[key]]
+    if quantized and not (cfg.merge_lora or cfg.lora_model_dir):
+        how = "rounds the weights by itself" if is_loftq else "decomposes the unquantized weights"
+        problems.append(
+            f"{written} {how}, but `{quantized[0]}: {cfg[quantized[0]]}` is set. Write `adapter: lora` without it."
+        )
+    if cfg.lora_target_parameters:
+        problems.append(f"{written} starts layers, not parameters. Remove it, or `lora_target_parameters`.")
+    if cfg.relora:
+        problems.append(f"{written} cannot be repeated at a restart of `relora: true`. Remove one.")
+    if cfg.peft_layer_replication:
+        problems.append(f"{written} would change a layer once per copy of `peft_layer_replication`. Remove one.")
+    if fsdp_version(cfg) or "zero3" in str(cfg.deepspeed or ""):
+        problems.append(f"{written} needs whole weights on each GPU: use DDP or DeepSpeed ZeRO 1 or 2.")
+    if not is_loftq and rl_method(cfg) in METHODS_WITH_REFERENCE:
+        problems.append(
+            f"{written} changes the base model, which is the reference of `rl: {rl_method(cfg)}`. Use another start."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def a_llama_adapter_sits_on_whole_weights(cfg: DictDefault) -> None:
+    """LLaMA-Adapter computes attention beside that of the model, in the model's number format."""
+    if cfg.peft_adapter and cfg.adapter != "llama-adapter":
+        raise ConfigError(
+            f"`peft_adapter` is the size of `adapter: llama-adapter`, but `adapter: {cfg.adapter}` is set. Remove one."
+        )
+    quantized = next((key for key in ("load_in_4bit", "load_in_8bit", "gptq") if cfg[key]), None)
+    if cfg.adapter == "llama-adapter" and quantized:
+        raise ConfigError(
+            f"`adapter: llama-adapter` needs an unquantized model, but `{quantized}: true` is set. Remove it, or write `adapter: qlora`."
+        )
+
+
+def lisa_says_how_many_and_how_often(cfg: DictDefault) -> None:
+    """LISA needs both of its numbers, and optimizers that may forget a layer."""
+    layers, interval = cfg.lisa_n_layers, cfg.lisa_step_interval
+    if not layers and not interval:
+        return
+    problems = []
+    if not (layers and interval):
+        missing = "lisa_step_interval: 20" if layers else "lisa_n_layers: 4"
+        problems.append(f"LISA needs both `lisa_n_layers` and `lisa_step_interval`. Write `{missing}` too.")
+    if cfg.deepspeed or fsdp_version(cfg):
+        problems.append("LISA changes which layers train, which DeepSpeed and FSDP fix at the start. Use DDP.")
+    if problems:
+        raise ConfigError(problems)
+    if cfg.ddp_find_unused_parameters is None:
+        fill(cfg, "ddp_find_unused_parameters", True, "with LISA, the frozen layers have no gradients to wait for")
+
+
 def a_layer_pattern_belongs_to_a_choice_of_layers(cfg: DictDefault) -> None:
     """`peft_layers_pattern` says in which list `peft_layers_to_transform` counts."""
-    if cfg.peft_layers_pattern and not cfg.peft_layers_to_transform:
+    if cfg.peft_layers_pattern and cfg.peft_layers_to_transform is None:
         raise ConfigError(
             "peft_layers_pattern requires peft_layers_to_transform to be set: it says where those indices count. Write them, or remove it."
         )
@@ -173,7 +267,7 @@ def lora_kernels_are_on_where_they_work(cfg: DictDefault) -> None:
         return
     if cfg.rl or cfg.trust_remote_code or cfg["nvfp4_merge_aware"] or any(cfg[key] is not None for key in LORA_KERNELS):
         return
-    if (cfg.adapter == "lora" and cfg.load_in_8bit) or cfg.torch_compile:
+    if cfg.adapter == "lora" and cfg.load_in_8bit:
         return
     if gpus > 1 and (cfg.deepspeed or fsdp_version(cfg) == 1):
         return
@@ -261,6 +355,14 @@ def relora_restarts_an_adapter(cfg: DictDefault) -> None:
         problems.append("deepspeed not supported with ReLoRA. Remove one.")
     if cfg.lr_scheduler == "one_cycle":
         problems.append("ReLoRA is not compatible with the one_cycle scheduler. Write `lr_scheduler: cosine`.")
+    for key in ("load_best_model_at_end", "early_stopping_patience"):
+        if cfg[key]:
+            problems.append(
+                f"`{key}: {cfg[key]}` would put an adapter back on a base model that ReLoRA has changed since. Remove it."
+            )
+    for key in ("peft_layer_replication", "peft_trainable_token_indices"):
+        if cfg[key]:
+            problems.append(f"`{key}` is not supported with ReLoRA. Remove one.")
     if cfg.flash_attn_fuse_mlp:
         problems.append("Fused modules are not supported with ReLoRA: `flash_attn_fuse_mlp: true`. Remove it.")
     if problems:
@@ -275,6 +377,10 @@ CHECKS = (
     lora_has_no_dropout_unless_set,
     lora_target_names_are_regular_expressions,
     layers_to_transform_are_not_unfrozen_too,
+    lora_starts_in_a_known_way,
+    a_start_that_changes_the_base_finds_whole_weights,
+    a_llama_adapter_sits_on_whole_weights,
+    lisa_says_how_many_and_how_often,
     a_layer_pattern_belongs_to_a_choice_of_layers,
     adapters_work_on_the_layers_as_they_are,
     zero3_recomputes_qlora_in_the_reentrant_way,
