@@ -8,6 +8,7 @@ from its config; no GPU is needed and no weights are downloaded.
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +23,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl._not_built import NO_EFFECT_YET, not_built_problems
 from axolotl.common.datasets import load_datasets
-from axolotl.exceptions import ConfigError
+from axolotl.core.builders.arguments import read_schedule, read_warmup_steps
+from axolotl.core.builders.causal import DEFAULT_LOSS_CHUNKS
+from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.loaders.adapter import LORA_ADAPTERS, build_lora_config
 from axolotl.loaders.model import read_dtype, read_model_class
 from axolotl.loaders.utils import load_model_config
 from axolotl.monkeypatch.ledger import rows_for
+from axolotl.monkeypatch.tiled_mlp import num_shards_for
 from axolotl.utils.data.rows import count_trained_tokens
 from axolotl.utils.data.steps import data_parallel_size, packing_summary
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import GIB, GPUS, Forecast, LayerShape, Remedy, Run, forecast, remedies
+from axolotl.utils.optimizers.table import check_optimizer
 from axolotl.utils.samplers.utils import get_dataset_lengths
+from axolotl.utils.schedulers import learning_rates
 
 PAIRED_LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 REFERENCE_LOSSES = ("dpo", "ipo", "kto")
@@ -62,6 +68,7 @@ class Plan:
         choices: (key, value, reason) of what was chosen for the user.
         patches: (name, what) of the changes to other libraries.
         forecast: None for methods whose memory is not modelled, with the reason in `notes`.
+        rates: learning rate of each step; empty when it is not known in advance.
         limit_gib: memory of the GPU that was named, or None.
         remedies: when it does not fit.
     """
@@ -73,6 +80,7 @@ class Plan:
     data: DataPlan
     num_params: int
     num_trained: int
+    rates: list[float] = field(default_factory=list)
     run: Run | None = None
     forecast: Forecast | None = None
     limit_gib: float | None = None
@@ -103,14 +111,19 @@ def make_plan(cfg: DictDefault, *, memory_gib: float | None = None, gpu: str | N
         gpu: name of a GPU, a key of `GPUS` (spelling is forgiving: `H100`, `RTX 4090`).
 
     Raises:
-        ConfigError: an unknown GPU.
+        ConfigError: an unknown GPU, or an optimizer or schedule that cannot be as written.
         DatasetError: the data cannot be prepared.
     """
     limit = memory_gib if memory_gib is not None else _memory_of(gpu)
     notes: list[str] = []
+    try:
+        check_optimizer(cfg)
+    except MissingExtraError as error:
+        notes.append(str(error))  # only the machine that trains needs it
     model_config = load_model_config(cfg)
     model, adapted = build_blank_model(cfg, model_config)
     data = plan_data(cfg, notes)
+    rates = plan_rates(cfg, data.total_num_steps)
     num_params = sum(p.numel() for p in adapted.parameters())
     num_trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     plan = Plan(
@@ -121,6 +134,7 @@ def make_plan(cfg: DictDefault, *, memory_gib: float | None = None, gpu: str | N
         data=data,
         num_params=num_params,
         num_trained=num_trained,
+        rates=rates,
         limit_gib=limit,
         gpu=gpu,
         notes=notes,
@@ -191,6 +205,26 @@ def plan_data(cfg: DictDefault, notes: list[str]) -> DataPlan:
     return data
 
 
+def plan_rates(cfg: DictDefault, total_num_steps: int | None) -> list[float]:
+    """The learning rate of each step. Empty when the number of steps is unknown, or the rate follows evaluations."""
+    steps = int(cfg.max_steps or total_num_steps or 0)
+    if steps <= 0:
+        return []
+    return learning_rates(read_schedule(cfg), int(read_warmup_steps(cfg, total_num_steps or steps)), steps)
+
+
+def draw_curve(values: list[float], width: int = 64, height: int = 6) -> list[str]:
+    """A curve as lines of text, highest first: each column is the mean of its share of `values`, from 0 to the largest."""
+    width = min(width, len(values))
+    edges = [column * len(values) // width for column in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    top = max(values) or 1.0
+    eighths = [round(mean / top * height * 8) for mean in means]
+    return [
+        "".join(" ▁▂▃▄▅▆▇█"[min(max(level - 8 * row, 0), 8)] for level in eighths) for row in reversed(range(height))
+    ]
+
+
 def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data: DataPlan) -> Run:
     """The numbers of a config that its memory depends on."""
     config = model.config.get_text_config()
@@ -223,7 +257,9 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
         active_experts=experts,
         gated=any("gate" in name for name, _ in layers[0].named_parameters()) if layers else True,
         num_norms=_count_norms(layers[0], config.hidden_size) if layers else 2,
-        linear_inputs=linear_input_features(layers[0], own_copies=own_copies, recompute_mlp=glu == "mlp")
+        linear_inputs=linear_input_features(
+            layers[0], own_copies=own_copies, recompute_mlp=glu == "mlp" or bool(cfg.tiled_mlp)
+        )
         if layers
         else 0,
     )
@@ -253,8 +289,7 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
         weight_bits=bits,
         double_quant=bnb.bnb_4bit_use_double_quant is not False,
         optimizer=str(cfg.optimizer or "adamw_torch_fused"),
-        checkpointing=bool(cfg.gradient_checkpointing),
-        offload=bool(cfg.activation_offloading) or cfg.gradient_checkpointing in ("offload", "offload_disk"),
+        **_read_memory_knobs(cfg, row_length, config.hidden_size),
         attention_kind="eager" if cfg.attn_implementation == "eager" else "flash",
         num_heads=heads,
         fused_norm=fused_norm,
@@ -267,6 +302,25 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, data:
         shard_gradients=gradients,
         shard_optimizer=optimizer,
     )
+
+
+def _read_memory_knobs(cfg: DictDefault, row_length: int, hidden_size: int) -> dict[str, Any]:
+    """Checkpointing, offloading and tiling, as arguments of `Run`."""
+    kwargs = cfg.gradient_checkpointing_kwargs or DictDefault()
+    selective = cfg.selective_checkpointing
+    saved = ["attention"] if selective is True else list((selective or DictDefault()).save or ())
+    tiles = cfg.tiled_mlp_num_shards or num_shards_for(row_length, hidden_size)
+    chunks = cfg.chunked_cross_entropy_num_chunks or DEFAULT_LOSS_CHUNKS
+    return {
+        "checkpointing": bool(cfg.gradient_checkpointing),
+        "offload": bool(cfg.activation_offloading) or cfg.gradient_checkpointing in ("offload", "offload_disk"),
+        "checkpoint_every": int(kwargs.every_n_layers or 1),
+        "keeps_attention": "attention" in saved,
+        "keeps_on_host": isinstance(selective, dict) and bool(selective.offload),
+        "mlp_tiles": int(tiles) if cfg.tiled_mlp else 1,
+        "loss_chunks": int(chunks) if cfg.chunked_cross_entropy else 1,
+        "layers_on_host": bool(cfg.layer_offloading),
+    }
 
 
 def _has_effect(cfg: DictDefault, key: str) -> bool:
@@ -382,6 +436,8 @@ def _render(plan: Plan, console: Console) -> None:
     if data.total_num_steps:
         per_step = f", about {data.tokens_per_step:,} tokens each on a GPU" if data.tokens_per_step else ""
         console.print(f"steps       {data.total_num_steps:,}{per_step}")
+    if plan.rates:
+        _render_schedule(plan.rates, console)
     for title, columns, rows in (
         ("chosen for you", ("key", "value", "because"), plan.choices),
         ("changes to other libraries", ("patch", "what"), plan.patches),
@@ -397,6 +453,17 @@ def _render(plan: Plan, console: Console) -> None:
         _render_forecast(plan, plan.forecast, console)
     for note in plan.notes:
         console.print(f"note: {note}")
+
+
+def _render_schedule(rates: list[float], console: Console) -> None:
+    lines = draw_curve(rates)
+    labels = [f"{max(rates):.3g}", *[""] * (len(lines) - 2), "0"]
+    for label, line in zip(labels, lines, strict=True):
+        console.print(f"{label or '':>11} {line}", highlight=False)
+    peak = rates.index(max(rates))
+    console.print(
+        f"learning rate of steps 1 to {len(rates):,}: first {rates[0]:.3g}, highest at step {peak + 1:,}, last {rates[-1]:.3g}"
+    )
 
 
 def _render_forecast(plan: Plan, needed: Forecast, console: Console) -> None:

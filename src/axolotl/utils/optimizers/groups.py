@@ -1,13 +1,21 @@
-"""Param groups: which parameters learn at which rate and which of them decay."""
+"""Param groups: which parameters learn at which rate, which of them decay, and which are matrices of hidden layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.trainer_utils import check_target_module_exists
+
+from axolotl.exceptions import ConfigError
+from axolotl.integrations.base import BaseOptimizerFactory
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+Groups = list[dict[str, Any]]
 
 
 def build_param_groups(
@@ -19,7 +27,7 @@ def build_param_groups(
     embedding_lr: float | None = None,
     embedding_lr_scale: float | None = None,
     lr_groups: Sequence[Mapping[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
+) -> Groups:
     """Sort the trainable parameters into groups; a parameter goes to the first group that claims it.
 
     First the `lr_groups`, in order (a module name that occurs in the parameter's name claims it); then, if a rate for
@@ -38,7 +46,8 @@ def build_param_groups(
         Groups without those that are empty. Each has `name`, `params`, `lr`, `weight_decay`.
     """
     own_embedding_lr = embedding_lr is not None or embedding_lr_scale is not None
-    embedding_rate = embedding_lr if embedding_lr is not None else learning_rate * (embedding_lr_scale or 1.0)
+    scale = 1.0 if embedding_lr_scale is None else embedding_lr_scale
+    embedding_rate = embedding_lr if embedding_lr is not None else learning_rate * scale
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
 
     def add(name: str, decays: bool, rate: float, parameter: nn.Parameter) -> None:
@@ -59,3 +68,95 @@ def build_param_groups(
         else:
             add("parameters", name in decay_names, learning_rate, parameter)
     return list(groups.values())
+
+
+def param_groups_of(model: nn.Module, args: Any, learning_rate: float, weight_decay: float) -> Groups:
+    """`build_param_groups` of a model, with the groups that the training arguments ask for.
+
+    Parameters on different device meshes (expert parallelism) are put into different groups: one fused or foreach kernel
+    cannot span two meshes.
+    """
+    groups = build_param_groups(
+        model.named_parameters(),
+        decay_names=set(BaseOptimizerFactory.get_decay_parameter_names(model)),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        embedding_lr=args.embedding_lr,
+        embedding_lr_scale=args.embedding_lr_scale,
+        lr_groups=args.lr_groups,
+    )
+    return split_groups(groups, lambda p: p.device_mesh if isinstance(p, DTensor) else None)
+
+
+def split_groups(
+    groups: Groups, kind: Callable[[nn.Parameter], Any], extra: Callable[[Any], dict[str, Any]] = lambda kind: {}
+) -> Groups:
+    """Divide each group by a property of its parameters.
+
+    Args:
+        groups: the groups.
+        kind: parameter -> property, hashable.
+        extra: property -> further entries of the groups that have it.
+
+    Returns:
+        New groups in the same order, without empty ones.
+    """
+    found: Groups = []
+    for group in groups:
+        parts: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            parts[kind(parameter)].append(parameter)
+        found += [{**group, "params": params, **extra(key)} for key, params in parts.items()]
+    return found
+
+
+def embedding_parameters(model: nn.Module) -> set[int]:
+    """`id` of each parameter of embeddings and of the output head, and of adapters on them."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules += [module for name, module in model.named_modules() if any(part in name for part in EMBEDDING_NAMES)]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def head_parameters(model: nn.Module) -> set[int]:
+    """`id` of each parameter of the output head, which is the embedding where both are tied."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {id(parameter) for parameter in head.parameters()} if head is not None else set()
+
+
+def is_hidden_matrix(model: nn.Module) -> Callable[[nn.Parameter], bool]:
+    """A test for the weight matrices of hidden layers: two dimensions, and neither embedding nor output head."""
+    outside = embedding_parameters(model) | head_parameters(model)
+    return lambda parameter: parameter.ndim == 2 and id(parameter) not in outside
+
+
+def target_parameters(model: nn.Module, target_modules: str | list[str] | None, optimizer: str) -> set[int]:
+    """`id` of each trainable weight of the linear layers that `optim_target_modules` names.
+
+    Args:
+        model: the model.
+        target_modules: parts of module names or regular expressions; one expression; or `all_linear`.
+        optimizer: its name, for errors.
+
+    Raises:
+        ConfigError: not set, or no such layer is trained.
+    """
+    if target_modules is None:
+        raise ConfigError(
+            f"`optimizer: {optimizer}` needs `optim_target_modules`: the layers whose gradients it projects. Write "
+            "`optim_target_modules: all_linear`, or a list such as `[self_attn, mlp]`."
+        )
+    every = isinstance(target_modules, str) and target_modules.replace("-", "_") == "all_linear"
+    found = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight.requires_grad
+        and (every or check_target_module_exists(target_modules, name))
+    }
+    if not found:
+        raise ConfigError(
+            f"`optim_target_modules: {target_modules}` names no linear layer whose weights are trained, which `optimizer: "
+            f"{optimizer}` needs. Write parts of module names, such as `[self_attn, mlp]`, or `all_linear`; with an adapter, "
+            "whose base weights are frozen, choose another optimizer."
+        )
+    return found

@@ -1,17 +1,19 @@
-"""Param groups, names, and ADOPT."""
+"""Param groups, names, options and states of optimizers."""
 
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.optimizers.adopt import ADOPT
 from axolotl.utils.optimizers.groups import build_param_groups
-from axolotl.utils.optimizers.table import read_optim_args, read_optimizer_args
+from axolotl.utils.optimizers.state import keep_loaded_dtypes
+from axolotl.utils.optimizers.table import OPTIMIZERS, read_optim_args, read_optimizer, read_optimizer_args
 
 
 def parameters():
@@ -61,7 +63,16 @@ def test_optim_args_as_text_and_as_a_mapping():
         "foreach": False,
         "proj": "std",
     }
-    assert read_optim_args(DictDefault(optim_args={"rank": 8})) == {"rank": 8}
+    assert read_optim_args(DictDefault(optim_args={"rank": 8, "eps": "1e-6", "betas": [0.9, 0.95]})) == {
+        "rank": 8,
+        "eps": 1e-6,
+        "betas": (0.9, 0.95),
+    }
+    assert read_optim_args(DictDefault(optim_args="betas=(0.9, 0.95),eps=1e-6,t=None")) == {
+        "betas": (0.9, 0.95),
+        "eps": 1e-6,
+        "t": None,
+    }
     with pytest.raises(ConfigError, match="key=value"):
         read_optim_args(DictDefault(optim_args="rank"))
 
@@ -102,3 +113,105 @@ def test_adopt_finds_a_minimum_and_resumes():
     go(again, restored, 3)
     go(third, fresh, 3)
     assert torch.equal(again, third)
+
+
+def read(optimizer, **keys):
+    return read_optimizer(DictDefault(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, **keys), None)
+
+
+def test_settings_become_arguments():
+    assert read("adamw_torch_fused", adam_beta2=0.95, adam_epsilon=1e-6) == (
+        torch.optim.AdamW,
+        {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "fused": True},
+    )
+    assert read("sgd", optim_args={"momentum": 0.9, "weight_decay": 0.0})[1] == {
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "momentum": 0.9,
+    }
+    assert read("adamw_torch", optim_args="beta1=0.8,amsgrad=true")[1]["betas"] == (0.8, 0.999)
+    assert read("adafactor", optim_args={"relative_step": True})[1]["relative_step"] is True
+
+
+def test_muon_and_adamw_have_settings_of_their_own():
+    kwargs = read("muon", adam_beta1=0.8, optim_args={"momentum": 0.9})[1]
+    assert kwargs["matrix_cls"] is torch.optim.Muon
+    assert kwargs["matrix_kwargs"] == {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.9}
+    assert kwargs["adamw_kwargs"] == {"betas": (0.8, 0.999), "eps": 1e-8}
+
+
+def test_the_rate_of_dion_is_said():
+    cfg = DictDefault(optimizer="dion", learning_rate=1e-3)
+    assert read_optimizer(cfg, None)[1]["matrix_lr"] == 0.01
+    assert [entry["key"] for entry in cfg.resolution] == ["dion_lr"]
+    assert read("dion", dion_lr=0.1, dion_rank_fraction=0.25)[1]["matrix_kwargs"] == {"rank_fraction": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("adamw_torch", {"amsgradd": True}, "Did you mean `amsgrad`"),
+        ("adamw_torch", {"amsgrad": 1}, "must be true or false"),
+        ("adamw_torch", {"beta3": 0.9}, "no option"),
+        ("adamw_torch", {"betas": [0.9]}, "2 numbers"),
+        ("sgd", {"momentum": "much"}, "must be a number"),
+        ("muon", {"adjust_lr_fn": "double"}, "one of original, match_rms_adamw"),
+        ("galore_adamw", {"rank": "low"}, "must be a number"),
+        ("sinkgd", {"iters": 5}, "sinkhorn_iters"),
+    ],
+)
+def test_options_that_cannot_be(name, given, said):
+    with pytest.raises(ConfigError, match=said):
+        read(name, optim_args=given)
+
+
+def test_all_wrong_options_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        read("adamw_torch", optim_args="a=1,b=2")
+    assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    "name", {row.path.partition(".")[0]: name for name, row in OPTIMIZERS.items() if row.extra}.values()
+)
+def test_a_missing_package_names_its_extra(name, monkeypatch):
+    row = OPTIMIZERS[name]
+    package = row.path.partition(":")[0].partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"`optimizer: {name}` needs the package `{package}`.*axolotl\[{row.extra}\]"
+    ):
+        read(name, optim_target_modules="all_linear")
+
+
+def test_anyprecision_is_found_on_its_path(tmp_path, monkeypatch):
+    (tmp_path / "torchdistx").mkdir()
+    (tmp_path / "torchdistx" / "__init__.py").touch()
+    (tmp_path / "torchdistx" / "optimizers.py").write_text(
+        "import torch\nclass AnyPrecisionAdamW(torch.optim.AdamW):\n"
+        "    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,\n"
+        "                 use_kahan_summation=False, momentum_dtype=torch.bfloat16):\n"
+        "        super().__init__(params, lr, betas, eps, weight_decay)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cls, kwargs = read("adamw_anyprecision", torchdistx_path=str(tmp_path), optim_args="momentum_dtype=float32")
+    assert cls.__name__ == "AnyPrecisionAdamW"
+    assert kwargs["momentum_dtype"] is torch.float32
+    with pytest.raises(ConfigError, match="a dtype of torch"):
+        read("adamw_anyprecision", torchdistx_path=str(tmp_path), optim_args="momentum_dtype=float33")
+
+
+def test_loaded_states_keep_their_dtypes():
+    def make():
+        weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([weight], momentum=0.9)
+        keep_loaded_dtypes(optimizer)
+        return weight, optimizer
+
+    weight, optimizer = make()
+    fine, counts = torch.tensor([1 / 3, 1 / 7, 1 / 9]), torch.tensor([1, 2, 255], dtype=torch.uint8)
+    optimizer.state[weight].update(momentum_buffer=fine, counts=counts)
+    again, loaded = make()
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(loaded.state[again]["momentum_buffer"], fine)
+    assert loaded.state[again]["counts"].dtype == torch.uint8

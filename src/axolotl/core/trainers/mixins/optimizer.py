@@ -1,65 +1,151 @@
-"""The optimizer of a run: param groups by name, and optimizers that transformers does not know."""
+"""The optimizer of a run: param groups by name, factories, and the weights that are saved."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers.training_args import ParallelMode
 
-from axolotl.integrations.base import PluginManager
-from axolotl.utils.optimizers.groups import build_param_groups
+from axolotl.exceptions import ConfigError
+from axolotl.integrations.base import BaseOptimizerFactory, PluginManager
+from axolotl.utils.optimizers.groups import param_groups_of
+from axolotl.utils.optimizers.state import keep_loaded_dtypes
+from axolotl.utils.schemas.validation.optimizer import UPDATES_IN_BACKWARD
 
-FORBIDDEN_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+# Arguments by which transformers passes what should be optimized, instead of param groups.
+OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 
 
 class OptimizerMixin(Trainer):
     """Param groups for embeddings, named modules and LoRA+. A plugin's optimizer wins over all."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Set up the optimizer: a plugin's, LoRA+'s, or that of the arguments over our param groups."""
+        """Set up the optimizer: a plugin's, LoRA+'s, or that of the arguments over our param groups.
+
+        Raises:
+            ConfigError: the optimizer refuses its arguments or these parameters.
+        """
         if self.optimizer is not None:
             return self.optimizer
-        args = self.args
         opt_model = self.model if model is None else model
         self.optimizer = PluginManager.get_instance().create_optimizer(self)
         if self.optimizer is not None:
             return self.optimizer
-        has_groups = bool(args.lr_groups) or args.embedding_lr is not None or args.embedding_lr_scale is not None
-        if args.loraplus_lr_ratio is None and not has_groups:
+        optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+        if any(key in kwargs for key in OWN_PARAMETERS):
             return super().create_optimizer(model)
+        try:
+            self.optimizer = self._build_optimizer(opt_model, optimizer_cls, dict(kwargs))
+        except ConfigError:
+            raise
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"`optimizer: {self._optimizer_name()}` cannot be set up: {error}. Its arguments were "
+                f"{ {key: value for key, value in kwargs.items() if not isinstance(value, type)} }; see `optim_args`."
+            ) from error
+        keep_loaded_dtypes(self.optimizer)
+        return self.optimizer
 
-        if self.optimizer_cls_and_kwargs is not None:
-            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
-        else:
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(args, opt_model)
-        kwargs = dict(kwargs)
+    def _optimizer_name(self) -> str:
+        return self.args.alternate_optimizer or self.args.optim.value
+
+    def _build_optimizer(self, model: nn.Module, optimizer_cls: Any, kwargs: dict[str, Any]) -> torch.optim.Optimizer:
+        args = self.args
+        if "bitsandbytes" in sys.modules:
+            forget_bitsandbytes_overrides()
+        is_class = isinstance(optimizer_cls, type)
+        if is_class and issubclass(optimizer_cls, BaseOptimizerFactory):
+            if args.loraplus_lr_ratio is not None:
+                raise ConfigError(
+                    f"`loraplus_lr_ratio` cannot be used with `optimizer: {self._optimizer_name()}`, which forms its own groups of "
+                    "parameters. Remove it, or write `optimizer: adamw_torch_fused`."
+                )
+            if self._optimizer_name() in UPDATES_IN_BACKWARD:
+                self._check_in_backward()
+            optimizer = optimizer_cls()(model, args, **kwargs)
+            if optimizer is None:
+                raise ConfigError(f"the optimizer factory `{optimizer_cls.__name__}` created no optimizer.")
+            return optimizer
+        if not (is_class and issubclass(optimizer_cls, torch.optim.Optimizer)):
+            return optimizer_cls()(model, **kwargs)  # a factory of transformers
         if args.loraplus_lr_ratio is not None:
             from peft.optimizers import create_loraplus_optimizer
 
-            self.optimizer = create_loraplus_optimizer(
-                self.accelerator.unwrap_model(opt_model),
+            return create_loraplus_optimizer(
+                self.accelerator.unwrap_model(model),
                 optimizer_cls,
                 loraplus_lr_ratio=args.loraplus_lr_ratio,
                 loraplus_lr_embedding=args.loraplus_lr_embedding,
-                loraplus_weight_decay=args.weight_decay,
-                **kwargs,
+                **{"loraplus_weight_decay": args.weight_decay, **kwargs},
             )
-            return self.optimizer
-        decay_names = set(get_parameter_names(opt_model, [nn.LayerNorm], FORBIDDEN_DECAY))
-        groups = build_param_groups(
-            opt_model.named_parameters(),
-            decay_names=decay_names,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            embedding_lr=args.embedding_lr,
-            embedding_lr_scale=args.embedding_lr_scale,
-            lr_groups=args.lr_groups,
+        groups = param_groups_of(
+            model, args, kwargs.get("lr", args.learning_rate), kwargs.get("weight_decay", args.weight_decay)
         )
-        self.optimizer = optimizer_cls(groups, **kwargs)
-        return self.optimizer
+        optimizer = optimizer_cls(groups, **kwargs)
+        if "bitsandbytes" in optimizer_cls.__module__ and kwargs.get("optim_bits") == 8:
+            keep_embeddings_in_32_bits(model)
+        return optimizer
+
+    def _check_in_backward(self) -> None:
+        """Raise ConfigError where updates inside the backward pass cannot be right."""
+        name, args = self._optimizer_name(), self.args
+        if args.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                f"`optimizer: {name}` updates the weights in every backward pass and cannot accumulate gradients: "
+                f"`gradient_accumulation_steps: {args.gradient_accumulation_steps}`. Write `gradient_accumulation_steps: 1` with a "
+                "larger `micro_batch_size`."
+            )
+        if args.fp16:
+            raise ConfigError(
+                f"`optimizer: {name}` updates the weights before a loss scale can be checked. Write `bf16: true`."
+            )
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ConfigError(
+                f"`optimizer: {name}` updates the weights before gradients are averaged over GPUs. Train on one GPU."
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model` of the weights that evaluations see.
+
+        A schedule-free optimizer trains at one point and evaluates at the average of all. The switch back happens at the
+        next training step, so that weights and optimizer state of a checkpoint fit.
+        """
+        self._show_averaged_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        # Later switches of the optimizer must not mix the loaded weights with its own.
+        self._show_averaged_weights()
+        super()._load_best_model()
+
+    def _show_averaged_weights(self) -> None:
+        switch = getattr(self.optimizer, "eval", None)
+        if switch is not None:
+            switch()
+
+
+def forget_bitsandbytes_overrides() -> None:
+    """Drop what an earlier optimizer of this process found: bitsandbytes keeps it by position, for every optimizer.
+
+    Overrides of modules and parameters stay, and are looked up again.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().index2config.clear()
+
+
+def keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Let 8-bit optimizers of bitsandbytes keep the states of embeddings in 32 bits, which are updated rarely and unevenly."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 class OptimizerInitMixin(Trainer):
