@@ -136,11 +136,16 @@ def test_every_key_reaches_peft(model) -> None:
     assert {name: getattr(built, name) for name in expected} == expected
 
 
-def test_loftq_and_layer_replication(model) -> None:
-    pytest.importorskip("scipy")
-    built = build_lora_config(model, config(lora_target_linear=True, peft={"loftq_config": {"loftq_bits": 4}}))
-    assert built.init_lora_weights == "loftq"
-    assert built.loftq_config["loftq_bits"] == 4
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_starts_nearer_to_the_base_than_rounding_alone(model, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = {name: weight.clone() for name, weight in model.state_dict().items()}
+    keys = {"lora_target_modules": ["down_proj"], "lora_alpha": 32, "peft": {"loftq_config": {"loftq_bits": bits}}}
+    adapted, _ = load_lora(model, config(**keys))
+    layer = adapted.base_model.model.model.layers[0].mlp.down_proj
+    original, rounded = plain["model.layers.0.mlp.down_proj.weight"], layer.base_layer.weight
+    start = rounded + layer.get_delta_weight("default")
+    assert 0 < (start - original).norm() < 0.9 * (rounded - original).norm()
 
 
 def test_layer_replication_stacks_layers(model) -> None:

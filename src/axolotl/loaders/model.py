@@ -5,6 +5,7 @@ The order is that of `ModelLoader.load`; plugins are asked at the same points as
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ from axolotl.loaders.utils import (
     explain_load_error,
     get_linear_embedding_layers,
     load_model_config,
+    read_base_model,
     read_revision,
 )
 from axolotl.monkeypatch.attention.table import check_packing, resolve_attention
@@ -40,8 +42,19 @@ _TRAINER_ADAPTS = ("dpo", "ipo", "kto")
 DEFAULT_SEED = 42
 
 
-def read_dtype(cfg: DictDefault) -> torch.dtype:
-    """The dtype that weights are loaded in: `torch_dtype` as resolved, or the rule it is resolved by."""
+def read_dtype(cfg: DictDefault, *, inference: bool = False) -> torch.dtype:
+    """The dtype that weights are loaded in: `torch_dtype`, but float32 for weights that train under a loss scaler."""
+    dtype = _resolved_dtype(cfg)
+    frozen = cfg.adapter or cfg.load_in_8bit or cfg.load_in_4bit
+    if inference or frozen or not cfg.fp16 or dtype != torch.float16:
+        return dtype
+    note_choice(
+        cfg, "torch_dtype", "float32", "`fp16: true` scales the loss; gradients of float16 weights cannot be unscaled"
+    )
+    return torch.float32
+
+
+def _resolved_dtype(cfg: DictDefault) -> torch.dtype:
     if isinstance(cfg.torch_dtype, torch.dtype):
         return cfg.torch_dtype
     if isinstance(cfg.torch_dtype, str):
@@ -106,7 +119,7 @@ class ModelLoader:
         self.reference_model = reference_model
         self.kwargs = kwargs
         self.model_config = load_model_config(cfg)
-        self.dtype = read_dtype(cfg)
+        self.dtype = read_dtype(cfg, inference=inference)
         self.patch_manager = PatchManager(cfg, self.model_config, inference)
         self.model: PreTrainedModel | PeftModel
         self.attn_implementation: str | None = None
@@ -162,13 +175,27 @@ class ModelLoader:
         self.attn_implementation = resolve_attention(self.cfg, self.model_config, model_class, inference=self.inference)
         if self.cfg.reinit_weights and not self.reference_model:
             return self._build_random(loader)
-        keywords = self._read_model_kwargs()
+        base_model = read_base_model(self.cfg)
+        keywords = self._read_model_kwargs(base_model)
         try:
-            model, report = loader.from_pretrained(self.cfg.base_model, output_loading_info=True, **keywords)
+            model, report = loader.from_pretrained(base_model, output_loading_info=True, **keywords)
         except torch.OutOfMemoryError:
             raise
+        except TypeError as error:
+            if not self.cfg.overrides_of_model_kwargs:
+                raise
+            raise ConfigError(
+                f"`overrides_of_model_kwargs: {dict(self.cfg.overrides_of_model_kwargs)}` has an argument that the model does not "
+                f"take: {error}."
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise explain_load_error(str(self.cfg.base_model), "base_model", error) from error
+            if self.cfg.overrides_of_model_config and "mismatched_sizes" in str(error):
+                raise ConfigError(
+                    f"`overrides_of_model_config: {dict(self.cfg.overrides_of_model_config)}` makes weights of other shapes than "
+                    f"those of `base_model: {base_model}`. Remove it, or write `reinit_weights: true` to start from random weights."
+                ) from error
+            raise explain_load_error(base_model, "base_model", error) from error
+        quantization.keep_4bit_layout(model)
         missing = sorted(report["missing_keys"])
         if missing:
             names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
@@ -201,7 +228,7 @@ class ModelLoader:
             return torch.device(self.cfg.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _read_model_kwargs(self) -> dict[str, Any]:
+    def _read_model_kwargs(self, base_model: str) -> dict[str, Any]:
         """Keywords of `from_pretrained`."""
         cfg = self.cfg
         keywords: dict[str, Any] = {
@@ -209,15 +236,25 @@ class ModelLoader:
             "dtype": self.dtype,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": True if cfg.trust_remote_code else None,
-            "revision": read_revision(cfg, cfg.base_model),
+            "revision": read_revision(cfg, base_model),
             "use_kernels": cfg.use_kernels,
             "experts_implementation": cfg.experts_implementation,
             "quantization_config": quantization.read_quantization_config(cfg, self.model_config, self.dtype),
             **self._read_placement(),
             **self.kwargs,
-            **(cfg.overrides_of_model_kwargs or {}),
+            **self._read_written_kwargs(),
         }
         return {name: value for name, value in keywords.items() if value is not None}
+
+    def _read_written_kwargs(self) -> dict[str, Any]:
+        """`overrides_of_model_kwargs`. What is a field of the model's config, such as `use_cache`, is set there instead."""
+        written = dict(self.cfg.overrides_of_model_kwargs or {})
+        if "torch_dtype" in written:
+            written["dtype"] = written.pop("torch_dtype")
+        own = inspect.signature(PreTrainedModel.from_pretrained).parameters
+        for name in [name for name in written if name in self.model_config.to_dict() and name not in (*own, "dtype")]:
+            setattr(self.model_config, name, written.pop(name))
+        return written
 
     def _read_placement(self) -> dict[str, Any]:
         """`device_map` and `max_memory`: where weights go while they are loaded."""
@@ -230,8 +267,13 @@ class ModelLoader:
             limit = limit if isinstance(limit, str) and not limit.isdigit() else f"{limit}GiB"
             max_memory = dict.fromkeys(range(torch.cuda.device_count()), limit)
             max_memory["cpu"] = "256GiB"
-        if max_memory:
-            return {"device_map": cfg.device_map or "auto", "max_memory": max_memory}
+        if max_memory and (cfg.world_size or 1) > 1:
+            reason = "each process keeps the whole model on its own GPU"
+            note_choice(cfg, "max_memory" if cfg.max_memory else "gpu_memory_limit", None, reason)
+        elif max_memory:
+            # One entry for everything is what the program fills in; it would leave nothing to distribute.
+            written = cfg.device_map if isinstance(cfg.device_map, str) or len(cfg.device_map or ()) > 1 else None
+            return {"device_map": written or "auto", "max_memory": max_memory}
         if cfg.device_map == "auto" and torch.cuda.device_count() <= 1:
             # With one device "auto" could only move layers to the CPU, unasked, when the model does not fit.
             return {"device_map": {"": str(self._device)}} if self._device.type == "cuda" else {}

@@ -10,6 +10,7 @@ import torch
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader, load_model_config, load_tokenizer
+from axolotl.loaders.model import read_dtype
 from axolotl.utils.dict import DictDefault
 from tests.tiny import make_tiny_base, make_tiny_model, make_tiny_tokenizer
 
@@ -50,7 +51,7 @@ def test_full_training_trains_everything(base: Path) -> None:
     [
         ({}, torch.float32),
         ({"bf16": True}, torch.bfloat16),
-        ({"fp16": True}, torch.float16),
+        ({"fp16": True}, torch.float32),  # gradients of fp16 weights cannot be unscaled
         ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
     ],
 )
@@ -240,3 +241,18 @@ def test_plugins_are_asked_in_the_documented_order(base: Path, monkeypatch: pyte
         "post_lora_load PeftModelForCausalLM",
         "post_model_load PeftModelForCausalLM",
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "training", "answering"),
+    [
+        ({"fp16": True, "torch_dtype": torch.float16}, torch.float32, torch.float16),
+        ({"fp16": True, "torch_dtype": torch.float16, "adapter": "lora"}, torch.float16, torch.float16),
+        ({"float16": True, "torch_dtype": torch.float16}, torch.float16, torch.float16),
+        ({"bf16": True, "torch_dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
+        ({"fp16": True}, torch.float32, torch.float16),
+    ],
+)
+def test_weights_that_train_under_a_loss_scaler_are_float32(config, training, answering):
+    assert read_dtype(DictDefault(config)) == training
+    assert read_dtype(DictDefault(config), inference=True) == answering

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, GPTQConfig, PretrainedConfig
 
-from axolotl.exceptions import MissingExtraError
+from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.model_support import read_model_support
 from axolotl.utils.dict import DictDefault
 
@@ -34,7 +35,8 @@ def read_quantization_config(cfg: DictDefault, model_config: PretrainedConfig, d
     stored = getattr(model_config, "quantization_config", None)
     if cfg.model_quantization_config:
         quantizer = getattr(transformers, cfg.model_quantization_config)
-        return quantizer(**(cfg.model_quantization_config_kwargs or {}))
+        options = dict(cfg.model_quantization_config_kwargs or {})
+        return _build(quantizer, options, options, "model_quantization_config_kwargs")
     if cfg.gptq:
         options = dict(stored) if isinstance(stored, dict) else {}
         if cfg.gptq_disable_exllama is not None:
@@ -45,7 +47,28 @@ def read_quantization_config(cfg: DictDefault, model_config: PretrainedConfig, d
     key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "bitsandbytes", f"`{key}: true`")
-    return BitsAndBytesConfig(**read_bnb_options(cfg, model_config, dtype))
+    written = dict(cfg.bnb_config_kwargs or {})
+    return _build(BitsAndBytesConfig, read_bnb_options(cfg, model_config, dtype), written, "bnb_config_kwargs")
+
+
+def _build(quantizer: Any, options: dict[str, Any], written: dict[str, Any], key: str) -> Any:
+    """A quantization config.
+
+    Raises:
+        ConfigError: what was written under `key` is unknown or has a wrong value. transformers ignores unknown names.
+    """
+    known = [name for name in inspect.signature(quantizer.__init__).parameters if name not in ("self", "kwargs")]
+    unknown = [name for name in written if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"`{key}: {{{unknown[0]}: ...}}` is not an option of {quantizer.__name__}: {', '.join(known)}."
+        )
+    if options.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+        raise ConfigError(f"`bnb_4bit_quant_type: {options['bnb_4bit_quant_type']}` is not nf4 or fp4.")
+    try:
+        return quantizer(**options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"`{key}: {written}` cannot be used: {error}.") from error
 
 
 def read_bnb_options(cfg: DictDefault, model_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -69,3 +92,44 @@ def read_bnb_options(cfg: DictDefault, model_config: PretrainedConfig, dtype: to
         options["llm_int8_skip_modules"] = list(support.int8_skip_modules)
     options.update(cfg.bnb_config_kwargs or {})
     return options
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for CPUs with AVX512-BF16 when a model first answers.
+
+    Packed weights let no gradient through and are read wrongly by everything that dequantizes them (DoRA, merging), so that
+    training would go wrong, silently, after the first evaluation. On other devices the attribute has no effect.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes") and "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def requantize_(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Set the weight of a linear or embedding layer, in place, in the number format that it has.
+
+    Args:
+        layer: plain, or of bitsandbytes in 4 or 8 bits.
+        weight: on the CPU, unquantized.
+    """
+    old: Any = layer.weight
+    kind = type(old).__name__
+    if kind == "Params4bit":
+        dtype = old.quant_state.dtype if old.quant_state is not None else weight.dtype
+        layer.weight = type(old)(
+            weight.to(dtype).contiguous(),
+            requires_grad=False,
+            quant_type=old.quant_type,
+            compress_statistics=old.compress_statistics,
+            blocksize=old.blocksize,
+            quant_storage=old.quant_storage,
+            module=layer,
+        ).to(old.device)
+    elif kind == "Int8Params":
+        layer.weight = type(old)(
+            weight.to(torch.float16).contiguous(), requires_grad=False, has_fp16_weights=old.has_fp16_weights
+        ).to(old.device)
+        layer.state.CB = layer.state.SCB = None
+    else:
+        old.copy_(weight)

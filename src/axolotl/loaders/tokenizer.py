@@ -16,6 +16,7 @@ import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl.exceptions import ConfigError, MissingExtraError, TokenizerError
+from axolotl.loaders.plain_config import only_prepares, read_config_for_tokenizer
 from axolotl.loaders.utils import check_new_tokens_are_trained, explain_load_error, load_model_config, read_revision
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.dict import DictDefault, note_choice
@@ -157,7 +158,10 @@ def _load_base(cfg: DictDefault) -> PreTrainedTokenizerBase:
         if cfg.added_tokens_overrides:
             source = modify_tokenizer_files(str(source), dict(cfg.added_tokens_overrides), cfg.output_dir, revision)
             keywords.pop("revision", None)
-        return _tokenizer_class(cfg).from_pretrained(source, **keywords)
+        tokenizer_class = _tokenizer_class(cfg)
+        if tokenizer_class is AutoTokenizer and only_prepares():
+            keywords["config"] = read_config_for_tokenizer(str(source), keywords.get("revision"))
+        return tokenizer_class.from_pretrained(source, **keywords)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError) as error:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.model_support import read_model_support
-from axolotl.utils.dict import DictDefault
+from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -25,6 +26,15 @@ ADAPTERS_WITH_MODULES_TO_SAVE = ("lora", "qlora")
 def read_revision(cfg: DictDefault, source: str) -> str | None:
     """`revision_of_model`, for what comes from the model's own repository."""
     return cfg.revision_of_model if source == cfg.base_model else None
+
+
+def read_base_model(cfg: DictDefault) -> str:
+    """The base model to load: that of `base_model`, or the one that ReLoRA left beside the adapter of `lora_model_dir`."""
+    merged = Path(cfg.lora_model_dir) / "relora" if cfg.lora_model_dir else None
+    if merged is None or not merged.is_dir():
+        return str(cfg.base_model)
+    note_choice(cfg, "base_model", str(merged), "the adapter in `lora_model_dir` was trained on it, by ReLoRA")
+    return str(merged)
 
 
 def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
@@ -107,7 +117,11 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretrained
             f"`overrides_of_model_config` sets {', '.join(unknown)}, which {type(config).__name__} does not have by default; "
             "it has an effect only if the model reads it."
         )
-    new = type(config).from_dict(merged)
+    try:
+        new = type(config).from_dict(merged)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        said = " ".join(line.strip() for line in str(error).splitlines())
+        raise ConfigError(f"`overrides_of_model_config: {overrides}` is no {type(config).__name__}: {said}") from error
     new._name_or_path = config._name_or_path
     return new
 

@@ -83,11 +83,39 @@ def _mask_rows(kept: list[tuple[int, int]]) -> Callable[[torch.Tensor], torch.Te
     return hook
 
 
+def _kept_rows(matching: list[LayerNamePattern], num_rows: int) -> list[tuple[int, int]]:
+    """Rows that the patterns of a parameter leave trainable."""
+    if any(pattern.range is None for pattern in matching):
+        return [(0, num_rows)]
+    return _merge_ranges([pattern.range for pattern in matching if pattern.range], num_rows)
+
+
+def find_frozen_rows(model: nn.Module, regex_patterns: Sequence[str]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Parameters that train in part, each with the numbers of its frozen rows (int64, on the CPU).
+
+    Args:
+        model: the model, as `freeze_layers_except` got it.
+        regex_patterns: the same patterns.
+    """
+    patterns = [LayerNamePattern(pattern) for pattern in regex_patterns]
+    found = []
+    for name, parameter in model.named_parameters():
+        matching = [pattern for pattern in patterns if pattern.match(name)]
+        if not matching or not parameter.dim():
+            continue
+        frozen = torch.ones(parameter.shape[0], dtype=torch.bool)
+        for start, end in _kept_rows(matching, parameter.shape[0]):
+            frozen[start:end] = False
+        if frozen.any():
+            found.append((parameter, frozen.nonzero().squeeze(-1)))
+    return found
+
+
 def freeze_layers_except(model: nn.Module, regex_patterns: Sequence[str]) -> None:
     """Freeze all parameters of `model` except those that a pattern matches. The model is changed in place.
 
-    A row range keeps the parameter trainable and zeroes the gradient of its other rows. Weight decay would still move
-    them: an optimizer with decay needs `weight_decay: 0` for such parameters, and a warning says so.
+    A row range keeps the parameter trainable and zeroes the gradient of its other rows. Weight decay, and optimizers that mix
+    rows, would still move them: while training, `FrozenRowsCallback` puts them back after each step.
 
     Args:
         regex_patterns: regular expressions on parameter names. A dot is a literal dot; `^` and `$` anchor. A range
@@ -107,18 +135,14 @@ def freeze_layers_except(model: nn.Module, regex_patterns: Sequence[str]) -> Non
         if not matching:
             continue
         num_trainable += 1
-        if any(pattern.range is None for pattern in matching):
-            continue
-        kept = _merge_ranges([pattern.range for pattern in matching if pattern.range], parameter.shape[0])
+        kept = _kept_rows(matching, parameter.shape[0])
         if not kept:
             raise ConfigError(
                 f"`unfrozen_parameters: [{matching[0].raw_pattern}]`: {name} has only {parameter.shape[0]} rows."
             )
         if kept != [(0, parameter.shape[0])]:
             parameter.register_hook(_mask_rows(kept))
-            LOG.warning(
-                f"Only rows {kept} of {name} get gradients; weight decay, if any, would still change the others."
-            )
+            LOG.info(f"Only rows {kept} of {name} are trained.")
     if num_trainable == 0:
         some = ", ".join(list(parameters)[:6])
         raise ConfigError(

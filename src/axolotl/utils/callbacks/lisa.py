@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -21,9 +22,12 @@ def lisa_callback_factory(trainer: Trainer) -> type[TrainerCallback]:
     class LISACallback(TrainerCallback):
         """Freezes all decoder layers but `n_layers`, drawn anew every `step_interval` steps.
 
+        What was frozen from the start stays frozen. The optimizer forgets a layer that is frozen, as in the paper: its
+        moments take no memory, and a layer that returns starts afresh.
+
         Args:
             n_layers: layers that train at a time.
-            step_interval: steps between draws.
+            step_interval: steps between draws; the first draw holds for one step.
             layers_attribute: path of the decoder layers within the model.
         """
 
@@ -32,29 +36,62 @@ def lisa_callback_factory(trainer: Trainer) -> type[TrainerCallback]:
             self.step_interval = step_interval
             self.layers_attribute = layers_attribute or "model.layers"
             self.trainer = trainer
-            self.layers = find_layers(trainer.model, self.layers_attribute)
-            if n_layers > len(self.layers):
-                raise ConfigError(
-                    f"`lisa_n_layers: {n_layers}` is more than the {len(self.layers)} layers of the model."
-                )
+            layers = find_layers(trainer.model, self.layers_attribute)
+            if n_layers > len(layers):
+                raise ConfigError(f"`lisa_n_layers: {n_layers}` is more than the {len(layers)} layers of the model.")
+            self.layers = [
+                [parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers
+            ]
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Take up the draw that a resumed run was in."""
+            if state.global_step:
+                self.switch_active_layers(args.seed, self.last_draw(state.global_step), kwargs.get("optimizer"))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % self.step_interval == 0 or state.global_step == 1:
-                self.switch_active_layers(args.seed, state.global_step)
+            if self.last_draw(state.global_step) == state.global_step:
+                self.switch_active_layers(args.seed, state.global_step, kwargs.get("optimizer"))
 
-        def switch_active_layers(self, seed: int, step: int) -> None:
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._train(range(len(self.layers)))
+
+        def last_draw(self, step: int) -> int:
+            """The latest step up to `step` at which layers are drawn."""
+            return max(step - step % self.step_interval, min(step, 1))
+
+        def switch_active_layers(self, seed: int, step: int, optimizer: Any = None) -> None:
             """Draw the active layers of a step. The draw follows from seed and step: a resumed run draws the same."""
-            active = np.random.default_rng((seed, step)).choice(len(self.layers), self.n_layers, replace=False)
+            draw = np.random.default_rng((seed, step)).choice(len(self.layers), self.n_layers, replace=False)
+            active = sorted(draw.tolist())
+            self._train(active)
+            if optimizer is not None:
+                for index, layer in enumerate(self.layers):
+                    for parameter in () if index in active else layer:
+                        optimizer.state.pop(parameter, None)
+            LOG.info(f"LISA trains the layers {active} from step {step + 1} on.")
+
+        def _train(self, active: Any) -> None:
             for index, layer in enumerate(self.layers):
-                layer.requires_grad_(index in active)
-            LOG.info(f"LISA trains the layers {sorted(active.tolist())} from step {step + 1} on.")
+                for parameter in layer:
+                    parameter.requires_grad_(index in active)
 
     return LISACallback
 
 
-def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
-    """The decoder layers at an attribute path."""
+def find_layers(model: Any, path: str) -> nn.ModuleList:
+    """The decoder layers at an attribute path of the model, under an adapter if it has one.
+
+    Raises:
+        ConfigError: there is no list of layers.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        return operator.attrgetter(path)(model)
+        layers = operator.attrgetter(path)(plain)
     except AttributeError as error:
         raise ConfigError(f"`lisa_layers_attribute: {path}`: the model has no such part ({error}).") from error
+    if not isinstance(layers, nn.ModuleList):
+        lists = [name for name, module in plain.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ConfigError(
+            f"`lisa_layers_attribute: {path}` is no list of layers but a {type(layers).__name__}. Write one of {', '.join(lists[:6])}."
+        )
+    return layers

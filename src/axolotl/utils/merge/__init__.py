@@ -10,6 +10,8 @@ a `MergeReport` that says how far it differs from base plus adapter.
 | `names` | stored tensor names <-> parameter names of the model class |
 | `tensors` | reading and writing weight files one tensor at a time |
 | `four_bit` | bitsandbytes NF4/FP4: round trip and stored weights |
+| `replication` | layers that the merged model has more than once |
+| `base` | single weights of a folder, for ReLoRA |
 | `proof` | logits of base plus adapter against logits of the merged model |
 """
 

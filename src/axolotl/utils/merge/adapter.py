@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from axolotl.exceptions import ModelError
+from axolotl.loaders.adapter_init import read_lora_config, round_trip
 from axolotl.utils.merge.tensors import TensorStore
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
-BASE_CHANGING_INITS = ("loftq", "corda", "lora_ga")  # change the base weights in a way that cannot be redone from files
+BASE_CHANGING_INITS = ("corda", "lora_ga")  # change the base weights in a way that cannot be redone from files
 NUM_PROBES = 4
 
 ReadParam = Callable[[str], torch.Tensor]
@@ -66,8 +67,8 @@ class Fidelity:
     lost: float
 
 
-def load_lora_config(adapter_dir: Path) -> LoraConfig:
-    """The adapter's config.
+def load_lora_config(adapter_dir: Path) -> tuple[LoraConfig, int | None]:
+    """The adapter's config, and the bits that LoftQ rounded its base to, or None.
 
     Raises:
         ModelError: not a LoRA adapter, or one whose effect is not a change of weights.
@@ -77,17 +78,13 @@ def load_lora_config(adapter_dir: Path) -> LoraConfig:
             f"`{adapter_dir}` holds no adapter (no adapter_config.json). Train one first, or say where it is with "
             "`--lora-model-dir`."
         )
-    config = PeftConfig.from_pretrained(str(adapter_dir))
-    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+    kind = PeftConfig._get_peft_type(str(adapter_dir))
+    if kind != PeftType.LORA:
         raise ModelError(
-            f"`{adapter_dir}` is a {config.peft_type.value} adapter; only LORA adapters can be merged shard by shard. "
+            f"`{adapter_dir}` is a {kind} adapter; only LORA adapters can be merged shard by shard. "
             "Keep it unmerged, or merge it with PEFT's `merge_and_unload`."
         )
-    if config.layer_replication:
-        raise ModelError(
-            f"`peft_layer_replication: {config.layer_replication}` makes a model with other layers than its base, which a "
-            "merge into the base checkpoint cannot express. Keep the adapter unmerged."
-        )
+    config, loftq_bits = read_lora_config(adapter_dir)
     unmergeable = [
         name for name in ("alora_invocation_tokens", "arrow_config", "use_qalora") if config.to_dict().get(name)
     ]
@@ -101,7 +98,7 @@ def load_lora_config(adapter_dir: Path) -> LoraConfig:
             f"`peft_init_lora_weights: {config.init_lora_weights}` also changed the base weights when training began, and "
             "that change cannot be redone from the files. Save the adapter with `path_initial_model_for_weight_conversion`."
         )
-    return config
+    return config, loftq_bits
 
 
 class Adapter:
@@ -111,14 +108,17 @@ class Adapter:
         model: the plain model on the meta device. PEFT adds its layers to it.
         config: from `load_lora_config`.
         store: the adapter's tensors.
+        loftq_bits: what LoftQ rounded the base weights to, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, store: TensorStore):
+    def __init__(self, model: PreTrainedModel, config: LoraConfig, store: TensorStore, loftq_bits: int | None = None):
         self.store = store
+        self._loftq_bits = loftq_bits
         self._init = str(config.init_lora_weights).lower()
         blank = copy.deepcopy(config)
         blank.init_lora_weights = True  # the weights come from the file
         blank.lora_dropout = 0.0
+        blank.layer_replication = None  # `model` has its layers already
         blank.base_model_name_or_path = model.name_or_path  # peft warns when they differ
         plain_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         peft_model = get_peft_model(model, blank, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
@@ -238,8 +238,10 @@ class Adapter:
                 state[inner] = self.store.read(change.keys[inner])
             else:
                 state[inner] = read(f"{change.path}.{inner.replace('base_layer.', '')}")
-        if self._init in ("pissa", "olora"):
+        if self._init in ("pissa", "olora") and ADAPTER in module.lora_A:
             state["base_layer.weight"] = _residual(module, self._init, state["base_layer.weight"])
+        if self._loftq_bits is not None:
+            state["base_layer.weight"] = round_trip(state["base_layer.weight"], self._loftq_bits)
         module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
         base = module.get_base_layer()
         with torch.no_grad():

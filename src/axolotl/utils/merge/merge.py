@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from axolotl.exceptions import ModelError, OutputError
+from axolotl.loaders.adapter_base import check_fits_base
 from axolotl.utils.logging import get_logger
 from axolotl.utils.merge.adapter import PEFT_PREFIX, Adapter, Change, Fidelity, load_lora_config
 from axolotl.utils.merge.four_bit import (
@@ -26,6 +27,7 @@ from axolotl.utils.merge.four_bit import (
 )
 from axolotl.utils.merge.names import Group, NameMap
 from axolotl.utils.merge.proof import LogitProof, compare_logits, dtype_that_fits
+from axolotl.utils.merge.replication import ReplicatedStore, list_sources, replicate_config
 from axolotl.utils.merge.tensors import (
     TensorInfo,
     TensorStore,
@@ -136,10 +138,11 @@ def merge_adapter(
         OutputError: `output_dir` cannot be written.
     """
     base, adapter, output = _local_base(str(base_dir), revision), Path(adapter_dir), Path(output_dir)
-    lora_config = load_lora_config(adapter)
+    lora_config, loftq_bits = load_lora_config(adapter)
     if output.resolve() in (base.resolve(), adapter.resolve()):
         raise OutputError(f"`{output}` is the folder of the base model or the adapter: a merge must not overwrite it.")
-    merge = _Merge(base, adapter, lora_config, config, dtype, None if dequantize else four_bit, trust_remote_code)
+    rounding = None if dequantize else four_bit
+    merge = _Merge(base, adapter, lora_config, config, dtype, rounding, trust_remote_code, loftq_bits, str(base_dir))
     aside = _fresh_folder(output, "partial")
     report = MergeReport(output)
     try:
@@ -173,13 +176,22 @@ class _Merge:
         dtype: torch.dtype | None,
         four_bit: FourBit | None,
         trust_remote_code: bool,
+        loftq_bits: int | None,
+        base_name: str,
     ):
         self.base, self.adapter_dir, self.dtype, self.four_bit = base, adapter_dir, dtype, four_bit
         self.trust_remote_code = trust_remote_code
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        check_fits_base(adapter_dir, base_config, key="lora_model_dir", base_name=base_name)
         self.store = TensorStore(model_files(base))
+        if lora_config.layer_replication:
+            # What training saved as config knows the number of layers, but not always their types.
+            sources = list_sources(lora_config.layer_replication)
+            self.store = ReplicatedStore(self.store, sources)
+            config = type(base_config).from_dict(base_config.to_dict())
+            replicate_config(config, sources)
         adapter_store = TensorStore([adapter_file(adapter_dir)])
         self.config = _read_config(config, adapter_dir, base, trust_remote_code)
-        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         check_base_is_mergeable(base_config.to_dict().get("quantization_config"), str(base))
         self.stored_4bit = bool(base_config.to_dict().get("quantization_config"))
         if hasattr(self.config, "quantization_config"):
@@ -192,7 +204,7 @@ class _Merge:
         self.tied = self.out_name is not None and bool(self.config.get_text_config().tie_word_embeddings)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.names = NameMap(model, self._weights())
-        self.adapter = Adapter(self._blank_model(), lora_config, adapter_store)
+        self.adapter = Adapter(self._blank_model(), lora_config, adapter_store, loftq_bits)
         self.rounded = quantized_params(self._blank_model(), four_bit) if four_bit and not self.stored_4bit else set()
         self.fidelity: dict[str, Fidelity] = {}
         self._made: dict[str, torch.Tensor] = {}  # parameters or stored tensors made together with one already written

@@ -16,6 +16,8 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from axolotl.loaders.adapter_init import load_trained
+from axolotl.loaders.quantization import keep_4bit_layout
 from axolotl.utils.merge.four_bit import FourBit
 
 NUM_ROWS, ROW_LENGTH = 2, 32
@@ -89,15 +91,22 @@ def compare_logits(
     """
     rows = torch.randint(num_base_rows, (NUM_ROWS, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    quantized = {} if four_bit is None else {"quantization_config": four_bit.to_transformers()}
-    model = model_class.from_pretrained(base, **kwargs, **quantized)
+    if four_bit is None:
+        model = model_class.from_pretrained(base, **kwargs)
+    else:
+        quantization = {"dtype": four_bit.compute_dtype, "quantization_config": four_bit.to_transformers()}
+        model = model_class.from_pretrained(base, **{**kwargs, **quantization})
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # what is not quantized
+                parameter.data = parameter.data.to(dtype)
+    keep_4bit_layout(model)
     vocab_size = config.get_text_config().vocab_size
     plain = None
     if model.get_input_embeddings().weight.shape[0] != vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=True)
     else:
         plain = _log_probs(_logits(model, rows))
-    expected = _logits(PeftModel.from_pretrained(model, adapter), rows)
+    expected = _logits(load_trained(model, adapter), rows)
     del model
     gc.collect()
     got = _logits(model_class.from_pretrained(merged, **kwargs), rows)
