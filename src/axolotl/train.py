@@ -11,6 +11,8 @@ import os
 import signal
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,44 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_callback import CallbackHandler
 
-from axolotl.core.builders.arguments import check_trackers
+from axolotl.core.builders.arguments import read_schedule
+from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.checkpoint import (
+    SAVED_CONFIG,
     check_output_dir,
-    is_write_error,
     model_aside,
     remove_leftovers,
+    rescue_dirs,
     resolve_checkpoint,
 )
-from axolotl.exceptions import NotBuiltError, OutOfMemoryError, OutputError
+from axolotl.core.resume import changes_since
+from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
+from axolotl.exceptions import AxolotlError, NotBuiltError, OutOfMemoryError, OutputError
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
+from axolotl.loaders.untrained_tokens import check_ids, find_untrained, set_to_mean
 from axolotl.model_card import write_model_card
-from axolotl.utils.callbacks.build import SAVED_CONFIG, find_callback
+from axolotl.utils.callbacks.build import check_evaluation, find_callback
 from axolotl.utils.callbacks.progress import ProgressCallback
-from axolotl.utils.dict import DictDefault
+from axolotl.utils.callbacks.trackers import RunOutcome, check_trackers
+from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.distributed import compute_and_broadcast
 from axolotl.utils.logging import get_logger
+from axolotl.utils.optimizers.table import check_optimizer
 from axolotl.utils.redact import redact_secrets
 from axolotl.utils.report import write_report
+from axolotl.utils.schedulers import check_scheduler_kwargs
 from axolotl.utils.trainer import setup_trainer
 
 LOG = get_logger(__name__)
 
 REPORT = "report.html"
+
+# Ctrl-C, a scheduler's wish to end, a lost terminal, and what Slurm sends before the time limit (`--signal=USR1@60`).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME_WISH_SECONDS = 1.0
 
 # What to change when memory runs out, best first: key -> (applies, what to write).
 SMALLER_RUN: tuple[tuple[str, Any, str], ...] = (
@@ -53,6 +69,7 @@ SMALLER_RUN: tuple[tuple[str, Any, str], ...] = (
         "`micro_batch_size: 1`, with more `gradient_accumulation_steps`",
     ),
     ("gradient_checkpointing", lambda cfg: not cfg.gradient_checkpointing, "`gradient_checkpointing: true`"),
+    ("activation_offloading", lambda cfg: not cfg.activation_offloading, "`activation_offloading: true` with it"),
     ("sample_packing", lambda cfg: (cfg.sequence_len or 0) > 1024, "a smaller `sequence_len`"),
     ("adapter", lambda cfg: not cfg.adapter, "`adapter: lora`"),
     ("load_in_4bit", lambda cfg: not cfg.load_in_4bit, "`load_in_4bit: true` with `adapter: qlora`"),
@@ -74,35 +91,43 @@ def train(*, cfg: DictDefault, dataset_meta: Any) -> tuple[PreTrainedModel, PreT
         OutputError: `output_dir` cannot be written. Raised before the model is loaded.
         CheckpointError: the checkpoint to resume from does not exist or is broken.
         OutOfMemoryError: the device ran out of memory.
-        TrainingStopped: the loss was not finite.
-        SystemExit: 130 or 143 after SIGINT or SIGTERM, when everything is saved.
+        TrainingStopped: the loss or gradient was not finite (`non_finite_policy`).
+        SystemExit: 128 + its number (130, 143, ...) after a signal of `STOP_SIGNALS`, when everything is saved.
     """
     # What can fail cheaply comes before what takes minutes.
-    check_trackers(cfg)
+    check_trackers(cfg, is_main_process=is_main_process())
+    check_optimizer(cfg)
+    check_scheduler_kwargs(read_schedule(cfg))
+    check_evaluation(cfg)
     check_output_dir(cfg.output_dir)
     if is_main_process():
         remove_leftovers(cfg.output_dir)
-    checkpoint = resolve_checkpoint(
-        cfg.resume_from_checkpoint, cfg.output_dir, auto=bool(cfg.auto_resume_from_checkpoints)
-    )
+    find_checkpoint(cfg, content=False)
 
     trainer, model, tokenizer, peft_config, processor = setup_model_and_trainer(cfg, dataset_meta)
+    if cfg.auto_find_batch_size:
+        HFCausalTrainerBuilder(cfg, model, tokenizer, processor).settle_batch_size(trainer)
     handle_untrained_tokens_fix(cfg, model, tokenizer, dataset_meta.train_dataset, safe_serialization=True)
     save_initial_configs(cfg, tokenizer, model, peft_config, processor)
     setup_model_card(cfg, trainer)
+    settle_async_save(cfg, trainer)
     print_choices(cfg)
     print_size(model, trainer, dataset_meta.total_num_steps)
+    # Reading a checkpoint whole takes as long as loading it. One rank does it, so that all resume from the same.
+    checkpoint = compute_and_broadcast(lambda: find_checkpoint(cfg, content=True))
+    prepare_resume(cfg, trainer, checkpoint)
 
     previous_handlers = setup_signal_handler(cfg, trainer)
-    try:
-        execute_training(cfg, trainer, str(checkpoint) if checkpoint else None)
-        save_trained_model(cfg, trainer, model)
-        create_model_card(cfg, trainer)
-        save_report(cfg, trainer)
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
-    PluginManager.get_instance().post_train(cfg, model)
+    with trackers_told_how_it_ends(trainer):
+        try:
+            execute_training(cfg, trainer, str(checkpoint) if checkpoint else None)
+            save_trained_model(cfg, trainer, model)
+            create_model_card(cfg, trainer)
+            save_report(cfg, trainer)
+        finally:
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+        PluginManager.get_instance().post_train(cfg, model)
     exit_if_signalled(cfg, trainer)
     return model, tokenizer, trainer
 
@@ -162,46 +187,35 @@ def handle_untrained_tokens_fix(
 ) -> None:
     """Apply fixes for untrained tokens if configured.
 
-    Tokens that the base model never trained (embedding rows that are all zero) and that occur in the dataset get the mean
-    of the trained rows, in embedding and head.
+    With True, tokens that the base model never trained (embedding rows that are all zero) and that occur in the dataset get the
+    mean of the trained rows, in embedding and head. With ids, these tokens do.
 
     Args:
-        cfg: the config; `fix_untrained_tokens` switches this on, as True or as a list of token ids.
+        cfg: the config; `fix_untrained_tokens` switches this on, as True, a token id or a list of ids.
         model: the model, changed in place.
         tokenizer: not needed; part of the documented signature.
         train_dataset: the rows to look at.
         safe_serialization: not needed; part of the documented signature.
     """
-    if not cfg.fix_untrained_tokens:
+    wanted = cfg.fix_untrained_tokens
+    if wanted is None or wanted is False:
         return
-    embedding = model.get_input_embeddings().weight
-    head_module = model.get_output_embeddings()
-    untrained = (embedding.detach() == 0).all(dim=1)
-    used = torch.zeros_like(untrained)
-    if isinstance(train_dataset, IterableDataset):
-        used[:] = True  # which tokens a stream will bring is not known
+    untrained = find_untrained(model)
+    broken = torch.zeros_like(untrained)
+    if wanted is not True:
+        ids = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+        check_ids(ids, len(untrained))
+        broken[torch.as_tensor(ids, device=broken.device)] = True
+    elif isinstance(train_dataset, IterableDataset):
+        broken = untrained  # which tokens a stream will bring is not known
     else:
-        for ids in train_dataset["input_ids"]:
-            used[torch.as_tensor(ids, device=used.device)] = True
-    if not isinstance(cfg.fix_untrained_tokens, bool):
-        given = (
-            cfg.fix_untrained_tokens
-            if isinstance(cfg.fix_untrained_tokens, list | tuple)
-            else [cfg.fix_untrained_tokens]
-        )
-        wanted = torch.zeros_like(untrained)
-        wanted[torch.as_tensor(given, device=wanted.device)] = True
-        untrained, used = untrained | wanted, used & wanted
-    broken = untrained & used
+        for row in train_dataset["input_ids"]:
+            broken[torch.as_tensor(row, device=broken.device)] = True
+        broken &= untrained
     if not broken.any():
         return
-    weights = {embedding.data_ptr(): embedding}
-    if head_module is not None:
-        weights[head_module.weight.data_ptr()] = head_module.weight
-    with torch.no_grad():
-        for weight in weights.values():
-            weight[broken] = weight[~untrained].float().mean(dim=0).to(weight.dtype)
-    LOG.info(f"`fix_untrained_tokens`: {int(broken.sum())} tokens of the dataset got the mean embedding.")
+    set_to_mean(model, broken, ~(untrained | broken))
+    LOG.info(f"`fix_untrained_tokens`: {int(broken.sum())} tokens got the mean embedding.")
 
 
 def save_initial_configs(
@@ -216,7 +230,11 @@ def save_initial_configs(
         return
     output_dir = Path(cfg.output_dir)
     (output_dir / SAVED_CONFIG).write_text(config_as_yaml(cfg), encoding="utf-8")
-    tokenizer.save_pretrained(str(output_dir), save_jinja_files=cfg.tokenizer_save_jinja_files is not False)
+    # mistral-common has no chat template that could stand in a file.
+    options = (
+        {} if cfg.tokenizer_use_mistral_common else {"save_jinja_files": cfg.tokenizer_save_jinja_files is not False}
+    )
+    tokenizer.save_pretrained(str(output_dir), **options)
     if processor is not None:
         processor.save_pretrained(str(output_dir))
     if peft_config is not None:
@@ -232,22 +250,56 @@ def setup_model_card(cfg: DictDefault, trainer: Any = None) -> None:
     LOG.debug(f"The model card goes to {Path(cfg.output_dir) / 'README.md'}.")
 
 
+def find_checkpoint(cfg: DictDefault, *, content: bool) -> Path | None:
+    """The whole checkpoint that the config asks to resume from; None to begin at the beginning."""
+    auto = bool(cfg.auto_resume_from_checkpoints)
+    return resolve_checkpoint(cfg.resume_from_checkpoint, cfg.output_dir, auto=auto, content=content)
+
+
+def prepare_resume(cfg: DictDefault, trainer: Any, checkpoint: Path | None) -> None:
+    """Let the trainer's checkpoints hold the config, and warn of what is another than in the one to resume from."""
+    trainer.saved_config = config_as_yaml(cfg)
+    if checkpoint is None:
+        return
+    changes = changes_since(checkpoint, trainer.saved_config, trainer.args.world_size)
+    if changes:
+        lines = "".join(f"\n  - {change}" for change in changes)
+        LOG.warning(f"The run of {checkpoint} was another one than this that goes on from it:{lines}")
+
+
+def settle_async_save(cfg: DictDefault, trainer: Any) -> None:
+    """Decide whether checkpoints are written while training goes on, and say so."""
+    if cfg.async_save is False or not isinstance(trainer, CheckpointSaveMixin):
+        return
+    reason = trainer.why_saves_wait()
+    if reason is None and cfg.async_save is None:
+        note_choice(cfg, "async_save", True, "training waits only for a copy of weights and optimizer in host memory")
+    elif reason is not None:
+        note_choice(cfg, "async_save", False, reason)
+
+
 def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:
     """Set up signal handler for graceful termination.
 
-    The first SIGINT or SIGTERM lets the step end, saves and exits; the second exits at once.
+    The first signal of `STOP_SIGNALS` lets the step end, saves and exits; the next one exits at once. A launcher passes on
+    what a terminal or scheduler has already sent to all: what comes within a second of the first is the same wish.
 
     Returns:
         The handlers that were there before.
     """
 
     owner = os.getpid()
+    first_at = 0.0
 
     def handle(number: int, frame: types.FrameType | None) -> None:
+        nonlocal first_at
         if os.getpid() != owner:
             return  # a forked worker: the trainer ends it when it is done with it
         if trainer.stop_requested:
-            os._exit(128 + number)
+            if time.monotonic() - first_at > SAME_WISH_SECONDS:
+                os._exit(128 + number)
+            return
+        first_at = time.monotonic()
         trainer.stop_requested = True
         trainer.stop_signal = number
         name = signal.Signals(number).name
@@ -255,7 +307,9 @@ def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:
 
     trainer.stop_signal = None
     trainer.stop_requested = False
-    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # An ignored signal stays ignored: `nohup` ignores SIGHUP.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in wanted}
 
 
 def execute_training(cfg: DictDefault, trainer: Any, resume_from_checkpoint: str | None) -> None:
@@ -276,11 +330,30 @@ def execute_training(cfg: DictDefault, trainer: Any, resume_from_checkpoint: str
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(describe_out_of_memory(cfg, trainer, error)) from error
+    except Exception as error:
+        if not isinstance(error, AxolotlError) and (where := find_raising_callback(error)):
+            error.add_note(
+                f"Raised by the callback {where} at step {trainer.state.global_step}. Checkpoints in {cfg.output_dir} are whole; go on "
+                "with `auto_resume_from_checkpoints: true` when it is mended."
+            )
+        raise
     finally:
         progress = find_callback(trainer, ProgressCallback)
         if progress is not None:
             progress.close()
     LOG.info(f"Trained {trainer.state.global_step} steps in {time.perf_counter() - began:.0f} s.")
+
+
+def find_raising_callback(error: BaseException) -> str | None:
+    """`package.module.Class.on_step_end` of the trainer callback that an error came out of; None when it was not one."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code is CallbackHandler.call_event.__code__:
+            names = frame.tb_frame.f_locals
+            kind = type(names["callback"])
+            return f"{kind.__module__}.{kind.__qualname__}.{names['event']}"
+        frame = frame.tb_next
+    return None
 
 
 def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> str:
@@ -297,35 +370,71 @@ def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> 
     )
 
 
-def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
-    """Save the trained model according to configuration and training setup: model or adapter, and tokenizer."""
-    output_dir = Path(cfg.output_dir)
+@contextmanager
+def trackers_told_how_it_ends(trainer: Any) -> Iterator[None]:
+    """End the runs of the trackers with what is within: finished, interrupted by a signal, or failed."""
+    outcome = "failed"
     try:
-        with model_aside(output_dir, owner=trainer.args.should_save) as aside:
-            trainer.save_model(str(aside), _internal_call=True)
-            trainer.accelerator.wait_for_everyone()
-    except Exception as error:
-        if not is_write_error(error):
-            raise
+        yield
+        outcome = "interrupted" if trainer.stop_agreed else "finished"
+    finally:
+        kept = find_callback(trainer, RunOutcome)
+        if kept is not None:
+            kept.end(outcome)
+
+
+def save_trained_model(cfg: DictDefault, trainer: Any, model: Any) -> None:
+    """Save the trained model according to configuration and training setup: model or adapter, and tokenizer.
+
+    Raises:
+        OutputError: `output_dir` cannot be written. The model was saved elsewhere if any folder could be written.
+    """
+    output_dir = Path(cfg.output_dir)
+    error = write_model(trainer, output_dir)
+    if error is not None:
+        said = f"The trained model could not be written to {output_dir}: {error}. Checkpoints there are untouched."
+        for folder in rescue_dirs(output_dir):
+            if write_model(trainer, folder) is None:
+                raise OutputError(f"{said} It was written to {folder} instead.") from error
         raise OutputError(
-            f"The trained model could not be written to {output_dir}: {error}. The checkpoints there are whole; free some "
-            "space and run again with `auto_resume_from_checkpoints: true` to save it."
+            f"{said} Nor could it be written to {' and '.join(map(str, rescue_dirs(output_dir)))}. Free some space and run again "
+            "with `auto_resume_from_checkpoints: true` to save it."
         ) from error
-    trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        with reported(output_dir / "trainer_state.json") as path:
+            trainer.state.save_to_json(str(path))
     LOG.info(f"Saved the {'adapter' if cfg.adapter else 'model'} to {output_dir}.")
+
+
+def write_model(trainer: Any, folder: Path) -> BaseException | None:
+    """Write the model to a folder, whole or not at all. The error of a rank that could not is returned on all ranks."""
+    owner = trainer.args.should_save
+
+    def save(aside: Path) -> None:
+        trainer.save_model(str(aside), _internal_call=True)
+
+    if not isinstance(trainer, CheckpointSaveMixin):
+        with model_aside(folder, owner=owner) as aside:
+            save(aside)
+            trainer.accelerator.wait_for_everyone()
+        return None
+
+    def write() -> None:
+        if trainer.output_folder is not None and trainer.output_folder.path == folder:
+            trainer.output_folder.check()
+        with model_aside(folder, owner=owner) as aside:
+            # All ranks may write a part: the files are moved when all of them are there.
+            if (error := trainer.together(lambda: save(aside))) is not None:
+                raise error
+
+    return trainer.together(write)
 
 
 def create_model_card(cfg: DictDefault, trainer: Any) -> None:
     """Create a model card for the trained model if needed, and push to the hub if asked to."""
     if is_main_process():
-        write_model_card(
-            Path(cfg.output_dir) / "README.md",
-            cfg=cfg,
-            config_yaml=config_as_yaml(cfg),
-            history=trainer.state.log_history,
-        )
+        with reported(Path(cfg.output_dir) / "README.md") as path:
+            write_model_card(path, cfg=cfg, config_yaml=config_as_yaml(cfg), history=trainer.state.log_history)
     if cfg.hub_model_id:
         trainer.push_to_hub(commit_message="End of training", dataset_tags=trainer.dataset_tags)
 
@@ -334,15 +443,24 @@ def save_report(cfg: DictDefault, trainer: Any) -> None:
     """Write `report.html`: the curves of the run, readable offline."""
     if not is_main_process():
         return
-    path = Path(cfg.output_dir) / REPORT
-    write_report(
-        path,
-        title=f"{Path(str(cfg.base_model)).name} · {Path(cfg.output_dir).name}",
-        history=trainer.state.log_history,
-        summary=summarize(cfg, trainer),
-        config_yaml=config_as_yaml(cfg),
-    )
-    LOG.info(f"Report: {path}")
+    with reported(Path(cfg.output_dir) / REPORT) as path:
+        write_report(
+            path,
+            title=f"{Path(str(cfg.base_model)).name} · {Path(cfg.output_dir).name}",
+            history=trainer.state.log_history,
+            summary=summarize(cfg, trainer),
+            config_yaml=config_as_yaml(cfg),
+        )
+        LOG.info(f"Report: {path}")
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[Path]:
+    """A file that a run can do without: when it cannot be written, say so and go on."""
+    try:
+        yield path
+    except OSError as error:
+        LOG.warning(f"{path} could not be written: {error}. The trained model is saved.")
 
 
 def summarize(cfg: DictDefault, trainer: Any) -> dict[str, Any]:
@@ -412,10 +530,11 @@ def print_size(model: Any, trainer: Any, total_num_steps: int | None) -> None:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(trainable, all) parameters. A 4-bit weight counts its values, not its bytes."""
+    """(trainable, all) parameters. A 4-bit weight counts its values, not the elements of what stores them."""
     trainable = total = 0
     for parameter in model.parameters():
-        values = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+        state = getattr(parameter, "quant_state", None)  # of bitsandbytes
+        values = state.shape.numel() if state else parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
         total += values
         trainable += values if parameter.requires_grad else 0
     return trainable, total

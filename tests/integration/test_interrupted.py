@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from axolotl.cli.main import run
 from axolotl.core.checkpoint import MARKER, model_aside, remove_leftovers
-from axolotl.exceptions import CheckpointError
+from axolotl.exceptions import CheckpointError, ModelError
 from axolotl.utils.tee import Tee, close_debug_log
 from tests.integration.training_runs import make_rows, make_trainer, steps_of, weights_of
 from tests.tiny import make_tiny_base
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
     args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
     make_trainer(tmp_path / "a", **args, model_config={"hidden_size": 64}).train()
     small = make_trainer(tmp_path / "b", **args)
-    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be loaded.*another model"):
+    with pytest.raises(ModelError, match=r"another base model.*`hidden_size` is 64.*but 32 here"):
         small.train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-2"))
 
 

@@ -3,81 +3,122 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from axolotl.core import checkpoint as checkpoints
 from axolotl.core.checkpoint import check_checkpoint, find_last_whole_checkpoint, list_checkpoints, remove_leftovers
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.exceptions import OutputError, TrainingStopped
-from tests.integration.training_runs import make_trainer, steps_of, weights_of
+from axolotl.utils.callbacks.guards import LossWatchDogCallback, SkipEvalOnResumeCallback
+from tests.integration.training_runs import evaluations_of, make_trainer, run_on_ranks, steps_of, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DATA = {
-    "unpacked": {},
-    "packed": {"packed": True},
-    "lengths": {"train_sampling_strategy": "group_by_length"},
-    "workers": {"dataloader_num_workers": 1, "packed": True},
-}
+# What makes a run, and the steps after which it is stopped: within an epoch of four steps, at its border, after it.
+RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "unpacked": ({}, (1, 4, 7)),
+    "packed": ({"packed": True, "per_device_train_batch_size": 1}, (1, 5)),
+    "one row, workers": ({"packed": True, "multipack_real_batches": False, "dataloader_num_workers": 1}, (1, 3)),
+    "by length": ({"train_sampling_strategy": "group_by_length"}, (3,)),
+    "lora": ({"lora": {"lora_dropout": 0.2}, "dataloader_num_workers": 1}, (3,)),
+    "evaluations": ({"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, (2, 4)),
+    "adafactor": ({"optim": "adafactor", "lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2,
+                   "lr_scheduler_kwargs": {"num_decay_steps": 2}}, (3,)),
+    "schedule free": ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, (3,)),
+}  # fmt: skip
 
 
-def same_state(ours, theirs) -> None:
-    assert steps_of(ours) == steps_of(theirs)
-    assert (ours.num_tokens_seen, ours.num_tokens_trained) == (theirs.num_tokens_seen, theirs.num_tokens_trained)
-    for (name, a), b in zip(weights_of(ours).items(), weights_of(theirs).values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("data", sorted(DATA))
-@pytest.mark.parametrize("step", [1, 5])
-def test_resuming_continues_bit_for_bit(tmp_path, data, step):
-    """Over two epochs, with dropout, from the middle of an epoch and of a logging window."""
+def stopped_anywhere(folder: Path, callbacks: Sequence[TrainerCallback] = (), **args: Any) -> AxolotlTrainer:
+    """A run over two epochs, with dropout, that logs every other step and saves after each."""
     common = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "num_train_epochs": 2,
         "model_config": {"attention_dropout": 0.2},
         "save_strategy": "steps",
-        "save_steps": step,
+        "save_steps": 1,
         "logging_steps": 2,
-        **DATA[data],
     }
-    if "packed" in common:
-        common["per_device_train_batch_size"] = 1
-    whole = make_trainer(tmp_path, **common)
+    return make_trainer(folder, callbacks=[SkipEvalOnResumeCallback(), *callbacks], **{**common, **args})
+
+
+def same_state(ours: AxolotlTrainer, theirs: AxolotlTrainer) -> None:
+    assert steps_of(ours) == steps_of(theirs)
+    assert evaluations_of(ours) == evaluations_of(theirs)
+    for name in ("global_step", "epoch", "max_steps", "best_metric", "best_global_step", "best_model_checkpoint"):
+        assert getattr(ours.state, name) == getattr(theirs.state, name), name
+    assert (ours.num_tokens_seen, ours.num_tokens_trained) == (theirs.num_tokens_seen, theirs.num_tokens_trained)
+    for (name, a), b in zip(weights_of(ours).items(), weights_of(theirs).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_continues_bit_for_bit(tmp_path, name):
+    args, steps = RUNS[name]
+    if name == "schedule free":
+        pytest.importorskip("schedulefree")
+    whole = stopped_anywhere(tmp_path, **args)
     whole.train()
-    assert whole.state.global_step > 5
-    resumed = make_trainer(tmp_path, **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-    same_state(resumed, whole)
+    assert whole.state.global_step > max(steps)
+    for step in steps:
+        torch.rand(step)  # what else the process draws must not matter
+        resumed = stopped_anywhere(tmp_path, **args)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+        same_state(resumed, whole)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_lora_run_twice_is_the_same(tmp_path, packed):
-    runs = []
-    for name in ("a", "b"):
-        trainer = make_trainer(
-            tmp_path / name,
-            packed=packed,
-            lora={"lora_dropout": 0.1},
-            max_steps=3,
-            per_device_train_batch_size=2,
-            dataloader_num_workers=1,
+def test_resuming_keeps_what_is_known_of_the_best_model(tmp_path):
+    """Step 3 is the best; two evaluations that are no better stop the run, none or one of them before it is resumed.
+
+    The log lines of steps 2 and 4 are strikes of the watchdog.
+    """
+
+    class Worth(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_worth"] = -abs(state.global_step - 3)
+
+    def run(resume: int | None) -> AxolotlTrainer:
+        watchdog = LossWatchDogCallback(threshold=1.0, patience=3)
+        callbacks = [Worth(), EarlyStoppingCallback(2), watchdog]
+        trainer = stopped_anywhere(
+            tmp_path,
+            callbacks=callbacks,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_on_start=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="worth",
         )
-        trainer.train()
-        runs.append(trainer)
-        torch.rand(7)  # what the process draws in between must not matter
-    same_state(*runs)
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / "out" / f"checkpoint-{resume}"))
+        assert watchdog.strikes == 2
+        return trainer
+
+    whole = run(None)
+    assert (whole.state.global_step, whole.state.best_global_step) == (5, 3)
+    assert whole.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-3")
+    for step in (3, 4):
+        same_state(run(step), whole)
+
+
+def resumed_on_a_rank(folder: Path) -> bool:
+    args = {"output_dir": str(folder.parent / "out"), "ddp_backend": "gloo", "packed": True, "max_steps": 5}
+    whole = stopped_anywhere(folder, **args)
+    whole.train()
+    resumed = stopped_anywhere(folder, **args)
+    resumed.train(resume_from_checkpoint=str(folder.parent / "out" / "checkpoint-2"))
+    same_state(resumed, whole)
+    return True
+
+
+def test_resuming_on_two_ranks(tmp_path):
+    assert run_on_ranks(resumed_on_a_rank, tmp_path)
 
 
 def test_a_broken_last_checkpoint_is_passed_over(tmp_path, caplog):
@@ -142,65 +183,6 @@ def test_leftovers_are_removed_and_a_replaced_checkpoint_comes_back(tmp_path):
     (tmp_path / ".checkpoint-2.replaced" / "a").write_text("a")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-KILLED_RUN = """
-import sys, time
-from pathlib import Path
-from axolotl.core.checkpoint import find_last_whole_checkpoint, remove_leftovers
-from tests.integration.training_runs import make_trainer, steps_of
-folder = Path(sys.argv[1])
-remove_leftovers(folder / "out")
-trainer = make_trainer(folder, max_steps=int(sys.argv[2]), save_strategy="steps", save_steps=1, save_total_limit=2,
-                       per_device_train_batch_size=4)
-print("ready", flush=True)
-last = find_last_whole_checkpoint(folder / "out")
-trainer.train(resume_from_checkpoint=str(last) if last else None)
-import json
-(folder / "steps.json").write_text(json.dumps([steps_of(trainer), trainer.num_tokens_seen]))
-"""
-
-
-def start(folder: Path, steps: int) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, str(folder), str(steps)],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def wait_ready(process: subprocess.Popen) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ready"):
-            return
-    raise AssertionError("the run ended before it began")
-
-
-@pytest.mark.slow
-def test_kill_at_random_moments_and_resume(tmp_path):
-    """Two kills at moments that fall into steps and saves alike, then a run to the end: the same as never killed."""
-    rng = random.Random(time.time_ns())
-    steps = 24
-    for _ in range(2):
-        process = start(tmp_path / "killed", steps)
-        wait_ready(process)
-        time.sleep(rng.uniform(0.05, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for folder in list_checkpoints(tmp_path / "killed" / "out"):
-            check_checkpoint(folder)
-    process = start(tmp_path / "killed", steps)
-    assert process.wait(timeout=120) == 0
-    whole = make_trainer(tmp_path / "whole", max_steps=steps, per_device_train_batch_size=4)
-    whole.train()
-    logged, seen = json.loads((tmp_path / "killed" / "steps.json").read_text())
-    assert [tuple(entry) for entry in logged] == steps_of(whole)
-    assert seen == whole.num_tokens_seen
 
 
 def test_kill_inside_a_save(tmp_path, monkeypatch):

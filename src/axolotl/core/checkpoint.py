@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written to a folder beside its final place, its files are flushed to the disk, a marker with the size of
-every file is written last, and the folder is renamed. A process killed at any moment leaves either the old state or the new
-one; what it was writing has a name that starts with a dot and is removed by the next run.
+A checkpoint is written to a folder beside its final place, its files are flushed to the disk, a marker with the size and
+digest of every file is written last, and the folder is renamed. A process killed at any moment leaves either the old state
+or the new one; what it was writing has a name that starts with a dot and is removed by the next run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from axolotl.core.digest import ALGORITHM, digest_file
 from axolotl.exceptions import CheckpointError, OutputError
 from axolotl.utils.logging import get_logger
 
@@ -27,6 +28,7 @@ LOG = get_logger(__name__)
 MARKER = "axolotl_checkpoint.json"
 RUN_STATE = "tokens_state.json"
 TRAINER_STATE = "trainer_state.json"
+SAVED_CONFIG = "axolotl_config.yaml"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(?:checkpoint-\d+|model)\.(writing|replaced)")
@@ -62,8 +64,10 @@ def seal_checkpoint(folder: Path, final: Path) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for name in files:
         _sync(folder / name)
+    digests = {name: digest_file(folder / name) for name in files}
     marker = folder / MARKER
-    marker.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    contents = {"files": files, "algorithm": ALGORITHM, "digests": digests}
+    marker.write_text(json.dumps(contents, indent=1), encoding="utf-8")
     _sync(marker)
     for sub in (path for path in folder.rglob("*") if path.is_dir()):
         _sync(sub)
@@ -109,31 +113,61 @@ def is_write_error(error: BaseException) -> bool:
     return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
 
 
-def check_checkpoint(folder: str | Path) -> None:
+def check_checkpoint(folder: str | Path, *, content: bool = False) -> None:
     """Raise `CheckpointError` unless the checkpoint is whole.
 
     A checkpoint without a marker was written by another program; it counts as whole when its trainer state can be read.
+
+    Args:
+        folder: the checkpoint.
+        content: also read every file and compare its digest. A marker without digests has sizes only.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"the checkpoint {folder} does not exist")
-    marker = folder / MARKER
-    if not marker.is_file():
+    if not (folder / MARKER).is_file():
         try:
             json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {folder} has no readable {TRAINER_STATE}: {error}") from error
         return
-    try:
-        files: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint {folder} has a marker that cannot be read: {error}") from error
+    files, digests = _read_marker(folder)
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"the checkpoint {folder} lacks the file {name}")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {size}")
+    for name, digest in digests.items() if content else ():
+        try:
+            found = digest_file(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+        if found != digest:
+            raise CheckpointError(f"{folder / name} is not what was saved: its digest is {found} instead of {digest}")
+
+
+def _read_marker(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and digests by name of file. No digests when they were made in another way than here."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        files, digests = dict(marker["files"]), dict(marker.get("digests") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint {folder} has a marker that cannot be read: {error}") from error
+    return files, digests if marker.get("algorithm") == ALGORITHM else {}
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise `CheckpointError` when a checkpoint holds a model and nothing to go on with."""
+    names = {path.name for path in folder.iterdir()}
+    if "scheduler.pt" in names or any(name.startswith(("optimizer", "global_step")) for name in names):
+        return
+    remedy = "`lora_model_dir`" if "adapter_config.json" in names else "`base_model`"
+    raise CheckpointError(
+        f"The checkpoint {folder} was saved with `save_only_model: true`: it has no optimizer, scheduler and random state, so "
+        f"the run cannot go on from it. To start a new run from its weights, set {remedy} to it, choose another "
+        "`output_dir`, and switch `resume_from_checkpoint` and `auto_resume_from_checkpoints` off."
+    )
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -145,18 +179,21 @@ def is_whole(folder: str | Path) -> bool:
     return True
 
 
-def find_last_whole_checkpoint(output_dir: str | Path, *, before: int | None = None) -> Path | None:
+def find_last_whole_checkpoint(
+    output_dir: str | Path, *, before: int | None = None, content: bool = False
+) -> Path | None:
     """The whole checkpoint with the highest step, or None. Broken ones on the way are warned about.
 
     Args:
         output_dir: folder of the run.
         before: only look at lower steps than this.
+        content: whether to compare digests too, as `check_checkpoint` does.
     """
     for folder in reversed(list_checkpoints(output_dir)):
         if before is not None and step_of(folder) >= before:
             continue
         try:
-            check_checkpoint(folder)
+            check_checkpoint(folder, content=content)
         except CheckpointError as error:
             LOG.warning(f"Not resuming from a broken checkpoint: {error}.")
             continue
@@ -171,7 +208,7 @@ def step_of(folder: str | Path) -> int:
 
 
 def resolve_checkpoint(
-    resume_from: str | Path | bool | None, output_dir: str | Path, *, auto: bool = False
+    resume_from: str | Path | bool | None, output_dir: str | Path, *, auto: bool = False, content: bool = True
 ) -> Path | None:
     """The checkpoint to resume from, verified.
 
@@ -179,33 +216,44 @@ def resolve_checkpoint(
         resume_from: `resume_from_checkpoint` of the config: a path, True for the last one, or None.
         output_dir: folder of the run.
         auto: `auto_resume_from_checkpoints`: take the last whole one if there is any.
+        content: whether to compare digests too, as `check_checkpoint` does.
 
     Returns:
         The named checkpoint if it is whole, else the one before it, with a warning; None to start from the beginning.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist, or none is whole.
+        CheckpointError: the named checkpoint does not exist, none is whole, or it holds a model only.
     """
     if isinstance(resume_from, bool) or resume_from is None:
-        last = find_last_whole_checkpoint(output_dir) if (resume_from or auto) else None
-        if resume_from and last is None:
+        found = find_last_whole_checkpoint(output_dir, content=content) if (resume_from or auto) else None
+        if resume_from and found is None:
             raise CheckpointError(f"`resume_from_checkpoint: true`, but {output_dir} has no whole checkpoint.")
-        if auto and last is None and list_checkpoints(output_dir):
+        if auto and found is None and list_checkpoints(output_dir):
             LOG.warning(f"No checkpoint in {output_dir} is whole: the run starts at the beginning.")
-        return last
-    folder = Path(resume_from)
+    else:
+        found = _resolve_named(Path(resume_from), Path(output_dir), content)
+    if found is not None:
+        check_resumable(found)
+        if not (found / MARKER).is_file():
+            LOG.warning(f"{found} was written by another program: it has no {MARKER} to check its files with.")
+    return found
+
+
+def _resolve_named(folder: Path, output_dir: Path, content: bool) -> Path:
+    """The checkpoint `folder`, or the last whole one before it."""
     if not folder.is_dir():
         have = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         raise CheckpointError(
-            f"`resume_from_checkpoint: {resume_from}` does not exist. Checkpoints in {output_dir}: {have}."
+            f"`resume_from_checkpoint: {folder}` does not exist. Checkpoints in {output_dir}: {have}."
         )
     try:
-        check_checkpoint(folder)
+        check_checkpoint(folder, content=content)
     except CheckpointError as error:
-        before = find_last_whole_checkpoint(folder.parent, before=step_of(folder)) if step_of(folder) >= 0 else None
+        step = step_of(folder)
+        before = find_last_whole_checkpoint(folder.parent, before=step, content=content) if step >= 0 else None
         if before is None:
             raise CheckpointError(
-                f"`resume_from_checkpoint: {resume_from}` cannot be used: {error}, and no earlier checkpoint is whole."
+                f"`resume_from_checkpoint: {folder}` cannot be used: {error}, and no earlier checkpoint is whole."
             ) from error
         LOG.warning(f"{error}. Resuming from {before} instead.")
         return before
@@ -251,7 +299,10 @@ def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: str 
         # Renamed first: a process killed while it deletes must not leave half a checkpoint under a good name.
         doomed = path.with_name(f".{path.name}.writing")
         shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
+        try:
+            os.rename(path, doomed)
+        except OSError as error:
+            LOG.warning(f"The old checkpoint {path} could not be removed: {error}")
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -299,6 +350,41 @@ def check_output_dir(output_dir: str | Path, *, min_free_bytes: int = 16 * 2**20
             f"`output_dir: {output_dir}` is on a disk with {free / 2**20:.0f} MiB left, too little for a checkpoint. "
             "Nothing was trained. Free some space or choose another `output_dir`."
         )
+
+
+def rescue_dirs(output_dir: str | Path) -> list[Path]:
+    """Where to save when `output_dir` cannot be written: beside it, then in the folder for temporary files."""
+    name = f"{Path(output_dir).name}-rescued"
+    return list(dict.fromkeys([Path(output_dir).absolute().parent / name, Path(tempfile.gettempdir()) / name]))
+
+
+class OutputFolder:
+    """`output_dir` as it is when a run begins, to notice later that it has gone.
+
+    Writing on would make a new folder, on whatever disk lies under a mount that was lost.
+
+    Args:
+        path: the folder; made when missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._identity = self._identify()
+
+    def check(self) -> None:
+        """Raise `OutputError` when the folder is not there any more."""
+        try:
+            now = self._identify()
+        except FileNotFoundError as error:
+            raise OutputError(f"{self.path} is gone: it was deleted, or its mount was lost") from error
+        # Mounted anew, a folder may be on another device, but it keeps its number there.
+        if all(new != old for new, old in zip(now, self._identity, strict=True)):
+            raise OutputError(f"{self.path} is another folder than at the start of the run: its mount was lost")
+
+    def _identify(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_dev, status.st_ino
 
 
 def _sync(path: Path) -> None:

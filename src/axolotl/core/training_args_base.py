@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from axolotl.utils.redact import redact_secrets
+
 
 def _arg(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -38,6 +40,7 @@ class AxolotlTrainingMixins:
 
     # Loss.
     fused_linear_loss: bool = _arg(True, "Compute the head and its cross-entropy together, in bounded memory.")
+    loss_num_chunks: int | None = _arg(None, "Pieces that the rows go through head and loss in. None: by memory.")
 
     # Optimizer.
     alternate_optimizer: str | None = _arg(None, "An optimizer that transformers does not know.")
@@ -62,8 +65,14 @@ class AxolotlTrainingMixins:
     relora: bool | None = _arg(None, "Merge and restart the adapter at every restart.")
     relora_prune_ratio: float | None = _arg(None, "Share of the optimizer state pruned at a restart.")
 
+    # Saving.
+    async_save: bool = _arg(False, "Write checkpoints on a thread while training goes on.")
+
     # Watching.
+    non_finite_policy: str = _arg("stop", "What to do with a non-finite loss or gradient: `skip`, `stop` or `raise`.")
+    non_finite_patience: int = _arg(3, "`stop`: steps in a row that are left out before the run ends.")
     include_tkps: bool = _arg(True, "Log tokens per second and device.")
+    include_tokens_per_second: bool = _arg(False, "Report tokens per second of the whole run when it ends.")
     torch_profiler_steps: int | None = _arg(None, "Steps to profile.")
     do_bench_eval: bool | None = _arg(None, "Evaluate on the benchmark set.")
     do_causal_lm_eval: bool | None = _arg(None, "Evaluate text metrics of generations.")
@@ -78,3 +87,7 @@ class AxolotlTrainingMixins:
     dion_momentum: float | None = _arg(None, "Momentum of Dion.")
     dion_rank_fraction: float | None = _arg(None, "Rank fraction of Dion.")
     dion_rank_multiple_of: int | None = _arg(None, "Dion ranks are multiples of this.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """`TrainingArguments.to_dict`, which trackers upload, without secrets such as a login in an address."""
+        return redact_secrets(super().to_dict())  # type: ignore[misc]

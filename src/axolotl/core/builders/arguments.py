@@ -5,26 +5,17 @@ What the user left open is decided here and recorded with `note_choice`, so that
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-from axolotl.exceptions import MissingExtraError
+from axolotl.utils.callbacks.trackers import trackers_of
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.environment import find_device_type
 from axolotl.utils.samplers.geometry import is_varlen
-
-TRACKERS = {
-    # key that switches it on -> (name for transformers, keys that may hold the name of the run)
-    "use_wandb": ("wandb", ("wandb_name", "wandb_run_id")),
-    "use_mlflow": ("mlflow", ("mlflow_run_name",)),
-    "use_tensorboard": ("tensorboard", ()),
-    "use_comet": ("comet_ml", ("comet_experiment_key",)),
-    "use_trackio": ("trackio", ("trackio_run_name",)),
-}
+from axolotl.utils.schedulers import Schedule
 
 # Keys that transformers has under the same name, passed on when the config sets them.
 SAME_NAME = (
@@ -51,8 +42,6 @@ SAME_NAME = (
     "neftune_noise_alpha",
     "optim_target_modules",
     "save_only_model",
-    "torch_compile_backend",
-    "torch_compile_mode",
     "torch_empty_cache_steps",
     "weight_decay",
 )
@@ -73,6 +62,7 @@ OWN_SAME_NAME = (
     "image_resize_algorithm",
     "image_size",
     "include_tkps",
+    "include_tokens_per_second",
     "jagged_restart_anneal_steps",
     "jagged_restart_steps",
     "jagged_restart_warmup_steps",
@@ -118,11 +108,22 @@ def read_logging_steps(cfg: DictDefault, total_num_steps: int | None) -> int | f
 
 
 def read_save_args(cfg: DictDefault) -> dict[str, Any]:
-    """When to save, and how many checkpoints to keep."""
-    limit = cfg.save_total_limit if cfg.save_total_limit is not None else 4
+    """When and how to save, and how many checkpoints to keep."""
+    args: dict[str, Any] = {
+        "save_total_limit": cfg.save_total_limit if cfg.save_total_limit is not None else 4,
+        "async_save": cfg.async_save is not False,
+    }
     if cfg.save_steps:
-        return {"save_strategy": "steps", "save_steps": cfg.save_steps, "save_total_limit": limit}
-    return {"save_strategy": cfg.save_strategy or "epoch", "save_total_limit": limit}
+        return {**args, "save_strategy": "steps", "save_steps": cfg.save_steps}
+    return {**args, "save_strategy": cfg.save_strategy or "epoch"}
+
+
+def read_watch_args(cfg: DictDefault) -> dict[str, Any]:
+    """What to do when a loss or gradient is not finite."""
+    return {
+        "non_finite_policy": cfg.non_finite_policy or "stop",
+        "non_finite_patience": cfg.loss_watchdog_patience or 3,
+    }
 
 
 def read_eval_args(cfg: DictDefault, has_eval_set: bool) -> dict[str, Any]:
@@ -180,17 +181,18 @@ def read_hub_args(cfg: DictDefault) -> dict[str, Any]:
 
 def read_tracker_args(cfg: DictDefault) -> dict[str, Any]:
     """Which trackers to report to, and the name of the run: that of the first one that has a name."""
-    on = [(name, keys) for key, (name, keys) in TRACKERS.items() if cfg[key]]
-    names = [cfg[key] for _, keys in on for key in keys if cfg[key]]
-    return {"report_to": [name for name, _ in on] or "none", "run_name": names[0] if names else None}
-
-
-def check_trackers(cfg: DictDefault) -> None:
-    """Raise MissingExtraError for a tracker whose package is not installed. That of tensorboard has a second name."""
-    for key, (name, _) in TRACKERS.items():
-        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
-        if cfg[key] and not any(map(importlib.util.find_spec, packages)):
-            raise MissingExtraError(name, name.removesuffix("_ml"), f"`{key}: true`")
+    on = trackers_of(cfg)
+    names = [cfg[key] for tracker in on for key in tracker.run_names if cfg[key]]
+    args: dict[str, Any] = {
+        "report_to": [tracker.report_to for tracker in on if tracker.report_to] or "none",
+        "run_name": names[0] if names else None,
+    }
+    if cfg.use_trackio:
+        # Left open, transformers makes a second space on the hub, also for runs that asked for none.
+        args.update(trackio_space_id=cfg.trackio_space_id, trackio_static_space_id=False)
+        if cfg.trackio_project_name:
+            args["project"] = cfg.trackio_project_name
+    return args
 
 
 def read_data_args(cfg: DictDefault) -> dict[str, Any]:
@@ -227,6 +229,23 @@ def read_scheduler_args(cfg: DictDefault) -> dict[str, Any]:
     return {**args, "lr_scheduler_type": name}
 
 
+def read_schedule(cfg: DictDefault) -> Schedule:
+    """The keys of the config that describe the learning rate over the run."""
+    kwargs = cfg.lr_scheduler_kwargs
+    return Schedule(
+        name=str(cfg.lr_scheduler or "cosine"),
+        learning_rate=float(cfg.learning_rate),
+        kwargs=kwargs.to_dict() if isinstance(kwargs, DictDefault) else kwargs or {},
+        quadratic_warmup=bool(cfg.lr_quadratic_warmup),
+        min_lr_ratio=cfg.cosine_min_lr_ratio,
+        constant_lr_ratio=cfg.cosine_constant_lr_ratio,
+        div_factor=cfg.lr_div_factor,
+        restart_steps=cfg.jagged_restart_steps,
+        restart_warmup_steps=cfg.jagged_restart_warmup_steps,
+        restart_anneal_steps=cfg.jagged_restart_anneal_steps,
+    )
+
+
 def read_distributed_args(cfg: DictDefault) -> dict[str, Any]:
     """FSDP and DeepSpeed."""
     args: dict[str, Any] = {}
@@ -240,8 +259,3 @@ def read_distributed_args(cfg: DictDefault) -> dict[str, Any]:
     if cfg.deepspeed:
         args["deepspeed"] = cfg.deepspeed.to_dict() if isinstance(cfg.deepspeed, DictDefault) else cfg.deepspeed
     return args
-
-
-def read_compile_args(cfg: DictDefault) -> dict[str, Any]:
-    """torch.compile."""
-    return {"torch_compile": True} if cfg.torch_compile and cfg.torch_compile != "auto" else {}

@@ -15,7 +15,7 @@ from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.callbacks.build import build_post_trainer_callbacks, build_pre_trainer_callbacks
 from axolotl.utils.dict import DictDefault, note_choice
-from axolotl.utils.optimizers.table import OPTIMIZERS, read_optimizer_args
+from axolotl.utils.optimizers.table import read_optimizer, read_optimizer_args
 
 
 class TrainerBuilderBase(abc.ABC):
@@ -96,6 +96,7 @@ class TrainerBuilderBase(abc.ABC):
             args["lr_groups"] = [dict(group) for group in cfg.lr_groups]
         for part in (
             read.read_save_args(cfg),
+            read.read_watch_args(cfg),
             read.read_eval_args(cfg, self.eval_dataset is not None),
             read.read_precision_args(cfg),
             read.read_checkpointing_args(cfg),
@@ -104,7 +105,6 @@ class TrainerBuilderBase(abc.ABC):
             read.read_data_args(cfg),
             read.read_scheduler_args(cfg),
             read.read_distributed_args(cfg),
-            read.read_compile_args(cfg),
             read_optimizer_args(cfg),
             PluginManager.get_instance().get_training_args(cfg) or {},
         ):
@@ -131,10 +131,9 @@ class TrainerBuilderBase(abc.ABC):
             )
         return self.hook_post_create_training_args(args)
 
-    def read_optimizer_cls_and_kwargs(self, training_args: Any) -> tuple[type, dict[str, Any]] | None:
-        """Class and arguments of an optimizer that transformers does not know, None for those that it knows."""
-        row = OPTIMIZERS.get(str(self.cfg.optimizer))
-        return None if row is None else row(self.cfg, training_args)
+    def read_optimizer_cls_and_kwargs(self, training_args: Any) -> tuple[type, dict[str, Any]]:
+        """Class, or factory, and arguments of the configured optimizer."""
+        return read_optimizer(self.cfg, training_args)
 
     def read_trainer_cls(self, default: type) -> type:
         """The trainer class: `trainer_cls` of the config, else a plugin's, else the default."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from axolotl.core.builders import arguments as read
@@ -9,6 +11,7 @@ from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.builders.rl import HFRLTrainerBuilder
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.exceptions import ConfigError, MissingExtraError, NotBuiltError
+from axolotl.utils.callbacks.trackers import check_trackers
 from axolotl.utils.dict import DictDefault
 
 
@@ -37,11 +40,16 @@ def test_logging_steps(given, total, steps):
 
 
 def test_saving():
-    assert read.read_save_args(DictDefault()) == {"save_strategy": "epoch", "save_total_limit": 4}
+    assert read.read_save_args(DictDefault()) == {
+        "save_strategy": "epoch",
+        "save_total_limit": 4,
+        "async_save": True,
+    }
     assert read.read_save_args(DictDefault(save_steps=0.25))["save_strategy"] == "steps"
     assert read.read_save_args(DictDefault(save_strategy="no", save_total_limit=1)) == {
         "save_strategy": "no",
         "save_total_limit": 1,
+        "async_save": True,
     }
 
 
@@ -62,10 +70,11 @@ def test_trackers():
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(read.importlib.util, "find_spec", lambda name: None)
-    read.check_trackers(DictDefault())
-    with pytest.raises(MissingExtraError, match=r"`use_comet: true`.*axolotl\[comet\]"):
-        read.check_trackers(DictDefault(use_comet=True))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_trackers(DictDefault())
+    for key, extra in (("use_comet", "comet"), ("use_otel_metrics", "otel"), ("use_tensorboard", "tensorboard")):
+        with pytest.raises(MissingExtraError, match=rf"`{key}: true`.*axolotl\[{extra}\]"):
+            check_trackers(DictDefault({key: True}))
 
 
 @pytest.mark.parametrize("name", ["one_cycle", "rex"])

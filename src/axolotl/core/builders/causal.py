@@ -5,24 +5,30 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from peft import PeftModel
 from transformers import Trainer
 
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes
+from axolotl.core.trainers.causal_loss import find_output_head, is_causal_lm
 from axolotl.core.training_args import AxolotlTrainingArguments
-from axolotl.exceptions import NotBuiltError
+from axolotl.exceptions import NotBuiltError, OutOfMemoryError
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.collators.build import build_collator
-from axolotl.utils.dict import note_choice
+from axolotl.utils.data.streaming import is_streamed
+from axolotl.utils.dict import DictDefault, note_choice
 
 # Keys that bring another loss: the model then computes its own.
 OTHER_LOSSES = (
     "cut_cross_entropy",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
-    "chunked_cross_entropy",
     "use_eaft",
 )
+
+
+DEFAULT_LOSS_CHUNKS = 8
 
 
 class HFCausalTrainerBuilder(TrainerBuilderBase):
@@ -41,9 +47,11 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         kwargs["model_type"] = cfg.model_config_type
         kwargs["fused_linear_loss"] = not any(cfg[key] for key in OTHER_LOSSES)
         if kwargs["fused_linear_loss"]:
-            note_choice(
-                cfg, "loss", "fused linear cross-entropy", "exact over the global batch, without the logits in memory"
-            )
+            self._note_loss()
+            if cfg.flash_attn_cross_entropy:
+                note_choice(cfg, "flash_attn_cross_entropy", False, "the fused linear cross-entropy replaces it")
+        if cfg.chunked_cross_entropy:
+            kwargs["loss_num_chunks"] = cfg.chunked_cross_entropy_num_chunks or DEFAULT_LOSS_CHUNKS
         args = self.build_training_args(AxolotlTrainingArguments, kwargs)
         trainer_cls = self.read_trainer_cls(AxolotlTrainer)
         trainer_kwargs: dict[str, Any] = {
@@ -63,6 +71,15 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             ]
         return self.create_trainer(trainer_cls, trainer_kwargs)
 
+    def _note_loss(self) -> None:
+        """Record which loss it will be, as far as it can be told without running the model."""
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if is_causal_lm(base):
+            found = find_output_head(base)
+            name = "cross-entropy of full logits" if isinstance(found, str) else "fused linear cross-entropy"
+            memory = found if isinstance(found, str) else "without the logits in memory"
+            note_choice(self.cfg, "loss", name, f"exact over the global batch; {memory}")
+
     def build_collator(self, training_args: Any, is_eval: bool = False) -> Any:
         """The collator: a plugin's, else the one that the config asks for."""
         plugin = PluginManager.get_instance().get_collator_cls_and_kwargs(self.cfg, is_eval=is_eval)
@@ -70,3 +87,66 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             collator_cls, extra = plugin if isinstance(plugin, tuple) else (plugin, {})
             return collator_cls(self.tokenizer, **extra)
         return build_collator(self.cfg, self.tokenizer, is_eval=is_eval, model=self.model, processor=self.processor)
+
+    def settle_batch_size(self, trainer: Any) -> None:
+        """`auto_find_batch_size`: give the trainer the largest micro-batch that fits, with the same rows per optimizer step.
+
+        Raises:
+            OutOfMemoryError: not even one row fits.
+        """
+        cfg = self.cfg
+        reason = why_not_tried(cfg, trainer)
+        if reason is not None:
+            note_choice(cfg, "auto_find_batch_size", False, reason)
+            return
+        written = (cfg.micro_batch_size, cfg.gradient_accumulation_steps)
+        self.set_batch_size(trainer, self.find_batch_size(trainer))
+        note_choice(
+            cfg,
+            "micro_batch_size",
+            cfg.micro_batch_size,
+            f"the largest that fits; with `gradient_accumulation_steps: {cfg.gradient_accumulation_steps}` an optimizer step takes as "
+            f"many rows as with {written[0]} x {written[1]}",
+        )
+
+    def find_batch_size(self, trainer: Any) -> int:
+        """The largest micro-batch size that fits on every rank."""
+
+        def fits(size: int) -> bool:
+            self.set_batch_size(trainer, size)
+            return fits_in_memory(trainer, str(self.cfg.optimizer))
+
+        args = trainer.args
+        found = largest_that_fits(
+            possible_sizes(args.per_device_train_batch_size * args.gradient_accumulation_steps), fits
+        )
+        if found is None:
+            raise OutOfMemoryError(
+                f"`auto_find_batch_size: true`: not even `micro_batch_size: 1` fits, with `sequence_len: {self.cfg.sequence_len}`. Write "
+                "`gradient_checkpointing: true`, a smaller `sequence_len`, `adapter: lora`, or `load_in_4bit: true` with "
+                "`adapter: qlora`."
+            )
+        return found
+
+    def set_batch_size(self, trainer: Any, size: int) -> None:
+        """Split the rows of an optimizer step into micro-batches of `size`, wherever the split is known."""
+        cfg, args = self.cfg, trainer.args
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        cfg.micro_batch_size = args.per_device_train_batch_size = trainer._train_batch_size = size
+        cfg.gradient_accumulation_steps = args.gradient_accumulation_steps = rows // size
+        trainer.data_collator = self.build_collator(args, is_eval=False)
+
+
+def why_not_tried(cfg: DictDefault, trainer: Any) -> str | None:
+    """Why `auto_find_batch_size` leaves the micro-batch as it is written; None when it looks for a better one."""
+    if trainer.args.device.type != "cuda":
+        return f"on a {trainer.args.device.type} no device memory can be tried; `micro_batch_size` stays as it is"
+    if not isinstance(trainer, AxolotlTrainer):
+        return "only the trainer of causal models can try a step; `micro_batch_size` stays as it is"
+    if is_streamed(cfg):
+        return (
+            "the micro-batches of a stream are made before its longest row is known; `micro_batch_size` stays as it is"
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "sharded weights are not spread over the ranks before training; `micro_batch_size` stays as it is"
+    return None

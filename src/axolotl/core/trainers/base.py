@@ -15,6 +15,7 @@ from axolotl.core.trainers.mixins.packing import PackingMixin
 from axolotl.core.trainers.mixins.rng_state_loader import RngLoaderMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
 from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
+from axolotl.core.trainers.nonfinite import NonFiniteGuard
 from axolotl.core.trainers.utils import memory_metrics, sanitize_kwargs_for_tagging
 from axolotl.core.trainers.watch import StepWatch
 from axolotl.utils.callbacks.hardware import flops_per_token, peak_flops
@@ -49,9 +50,14 @@ class AxolotlTrainer(
     OWNERS: dict[str, tuple[str, ...]] = {
         "PackingMixin": ("_get_train_sampler", "get_train_dataloader", "get_eval_dataloader"),
         "SchedulerMixin": ("create_scheduler",),
-        "OptimizerMixin": ("create_optimizer",),
-        "RngLoaderMixin": ("_load_rng_state", "_load_optimizer_and_scheduler"),
-        "CheckpointSaveMixin": ("_save_checkpoint", "_load_from_checkpoint"),
+        "OptimizerMixin": ("create_optimizer", "save_model", "_load_best_model"),
+        "RngLoaderMixin": ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_callback_state"),
+        "CheckpointSaveMixin": (
+            "_inner_training_loop",
+            "_finalize_training",
+            "_save_checkpoint",
+            "_load_from_checkpoint",
+        ),
         "TokenLossMixin": (
             "get_batch_samples",
             "training_step",
@@ -59,7 +65,7 @@ class AxolotlTrainer(
             "prediction_step",
             "evaluation_loop",
         ),
-        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card", "_run_epoch"),
+        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card", "_run_epoch", "_get_grad_norm"),
     }
 
     tag_names = ("axolotl",)
@@ -77,8 +83,13 @@ class AxolotlTrainer(
         self.dataset_tags = dataset_tags
         self._stored_metrics: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         self.writes_model_card = True
+        self.stop_requested = False  # this rank was asked to stop; `StepWatch` tells the others
+        self.stop_agreed = False
+        self.step_grad_norm: Any = None  # before clipping, of the optimizer step under way
+        self.nonfinite = NonFiniteGuard(self)
         self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
         self.train_stream: Any = None  # the loader of streamed rows, whose position checkpoints hold
+        self.eval_loaders: dict[int, Any] = {}  # by id of the dataset, kept while their workers are persistent
         super().__init__(*_args, **kwargs)
         self.add_callback(StepWatch(self))
         self._flops_per_token = flops_per_token(self.model)
@@ -94,6 +105,8 @@ class AxolotlTrainer(
         train_eval = "train" if "loss" in logs else "eval"
         if train_eval == "train":
             self._add_train_metrics(logs)
+        if self.args.include_tokens_per_second and "train_runtime" in logs:
+            logs["train_tokens_per_second"] = round(self.num_tokens_this_session / logs["train_runtime"], 3)
         if "eval_loss" in logs:
             logs["eval_ppl"] = perplexity(logs["eval_loss"])
         for key, metric in self._stored_metrics.pop(train_eval, {}).items():
@@ -103,6 +116,8 @@ class AxolotlTrainer(
     def _add_train_metrics(self, logs: dict[str, float]) -> None:
         if self.owns_loss:
             window = self.take_window_loss()
+            if window is None and self.nonfinite.num_skipped:
+                window = math.nan  # every step of the window was left out
             logs["loss"] = logs["loss"] if window is None else window
             logs["ppl"] = perplexity(logs["loss"])
         seconds, seen, trained = self.take_window_tokens()
@@ -112,6 +127,8 @@ class AxolotlTrainer(
             logs["tokens/per_sec_per_gpu"] = round(seen / per_gpu, 2)
             if self._peak_flops:
                 logs["mfu"] = round(seen / per_gpu * self._flops_per_token / self._peak_flops, 4)
+        if self.nonfinite.num_skipped:
+            logs["steps_skipped"] = self.nonfinite.num_skipped
         logs["tokens/total"] = self.num_tokens_seen
         logs["tokens/trainable"] = self.num_tokens_trained
         logs.update(memory_metrics(self.args.device))
@@ -143,6 +160,11 @@ class AxolotlTrainer(
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer._get_grad_norm`, kept for `StepWatch`: callbacks are not given it."""
+        self.step_grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.step_grad_norm
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, unless the run writes a card of its own (`writes_model_card` is False)."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from axolotl.kernels.cross_entropy import linear_cross_entropy
+from axolotl.core.trainers.utils import evaluation_mode
+from axolotl.kernels.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 
 IGNORE_INDEX = -100
 
@@ -103,6 +105,8 @@ def find_output_head(model: nn.Module) -> nn.Linear | str:
     if "loss_function" not in forward.__code__.co_names:
         return f"{type(model).__name__}.forward computes its loss itself"
     head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and len(head.active_adapters) == 1:
+        head = head.modules_to_save[head.active_adapters[0]]  # the copy that `lora_modules_to_save` trains
     if type(head) is not nn.Linear:
         return f"the output head is a {type(head).__name__}, not a plain nn.Linear"
     if "forward" in vars(head):
@@ -155,15 +159,9 @@ def probe_logit_formula(run: Callable[..., Any], model: nn.Module, head: nn.Line
         given.append(ramp.expand(*hidden.shape[:-1], -1).to(hidden.dtype))
         return given[-1].clone()
 
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), replaced_forward(head, known_logits):
-            ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
-            seen = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with evaluation_mode(model), replaced_forward(head, known_logits):
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        seen = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if len(given) != 1 or given[0].shape != seen.shape:
         return "the model does not return the output of its head as logits"
     known = given[0].float()
@@ -178,7 +176,9 @@ def probe_logit_formula(run: Callable[..., Any], model: nn.Module, head: nn.Line
 
 
 @contextlib.contextmanager
-def fused_loss(output_head: OutputHead, labels_BT: torch.Tensor, num_items: torch.Tensor | int) -> Iterator[None]:
+def fused_loss(
+    output_head: OutputHead, labels_BT: torch.Tensor, num_items: torch.Tensor | int, num_chunks: int | None = None
+) -> Iterator[None]:
     """Within the context, the model's own loss is the fused one, and its `logits` are an empty placeholder.
 
     Two reversible attributes: the head's `forward` computes the loss where the logits would have been made, and the
@@ -189,11 +189,15 @@ def fused_loss(output_head: OutputHead, labels_BT: torch.Tensor, num_items: torc
         output_head: from `probe_logit_formula`.
         labels_BT: shifted labels, int64.
         num_items: the token losses are summed and divided by this.
+        num_chunks: pieces that the rows go through the head in, at least; None for as many as memory asks for.
     """
     sums: list[torch.Tensor] = []
     head, model = output_head.head, output_head.model
 
     def head_and_loss(hidden_BTH: torch.Tensor) -> torch.Tensor:
+        limit = CHUNK_ELEMENTS
+        if num_chunks is not None:
+            limit = min(limit, -(-labels_BT.numel() // num_chunks) * head.out_features)
         sums.append(
             linear_cross_entropy(
                 hidden_BTH,
@@ -202,6 +206,7 @@ def fused_loss(output_head: OutputHead, labels_BT: torch.Tensor, num_items: torc
                 bias_V=head.bias,
                 softcap=output_head.softcap,
                 logit_scale=output_head.logit_scale,
+                chunk_elements=limit,
             )
         )
         return hidden_BTH.detach()[..., :1]
@@ -218,7 +223,15 @@ def fused_loss(output_head: OutputHead, labels_BT: torch.Tensor, num_items: torc
             model.loss_function = own_loss_function
 
 
-def cross_entropy_of_logits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses from logits and shifted labels. Only supervised rows are brought to fp32."""
-    kept = labels_BT.to(logits_BTV.device) != IGNORE_INDEX
-    return F.cross_entropy(logits_BTV[kept].float(), labels_BT.to(logits_BTV.device)[kept], reduction="sum")
+def cross_entropy_of_logits(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sum of the token losses from logits and shifted labels. Only supervised rows are brought to fp32.
+
+    Args:
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+    """
+    labels_BT = labels_BT.to(logits_BTV.device)
+    kept = labels_BT != IGNORE_INDEX
+    logits = logits_BTV[kept].float()
+    return F.cross_entropy(logits, labels_BT[kept], reduction="sum", label_smoothing=label_smoothing)

@@ -1,4 +1,4 @@
-"""Utils for Axolotl trainers: tags of a pushed model, memory in use, random state."""
+"""Utils for Axolotl trainers: tags of a pushed model, memory in use, random state, evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 GIB = 2**30
 
@@ -60,3 +61,16 @@ def kept_random_state() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; afterwards each is in the mode it was in. No gradients are kept."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from axolotl.exceptions import TrainingStopped
@@ -19,6 +20,8 @@ class StepWatch(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self._save_failed = False
+        self._first_step = True
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Also done by accelerate, but not through every wrapper that it puts around a sampler.
@@ -26,29 +29,52 @@ class StepWatch(TrainerCallback):
         if sampler is not None:
             sampler.set_epoch(int(state.epoch or 0))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.nonfinite.begin_step()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = self.trainer.step_loss
-        if self.trainer.owns_loss and not torch.isfinite(loss):
-            raise TrainingStopped(
-                f"The loss of step {state.global_step + 1} is {loss.item()} (epoch {state.epoch or 0:.2f}, learning rate "
-                f"{self.trainer._get_learning_rate():.3g}, rank {args.process_index}). The weights were not updated with "
-                f"it; a checkpoint in {args.output_dir} is from before. Try a lower `learning_rate`, more "
-                "`warmup_steps`, `max_grad_norm: 1.0`, or `bf16: true` instead of `fp16: true`; a broken row in the data "
-                "shows up at the same step again when you run with the same `seed`."
-            )
+        """Agree with the other ranks on what happened to any of them, in one small collective, and act on it."""
+        trainer = self.trainer
+        loss, norm = sum(trainer.step_losses), trainer.step_grad_norm
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        flags = torch.zeros(4, dtype=torch.float32, device=args.device)
+        flags[0] = ~torch.isfinite(torch.as_tensor(loss, device=args.device)).all()
+        flags[1] = ~torch.isfinite(torch.as_tensor(0.0 if norm is None else norm, device=args.device)).all()
+        flags[2] = float(trainer.stop_requested)
+        flags[3] = float(trainer.checkpoint_writer.failed)
+        if args.world_size > 1:
+            flags = cast("torch.Tensor", trainer.accelerator.reduce(flags, reduction="sum"))
+        bad_loss, bad_gradient, stop, save_failed = (count > 0 for count in flags.tolist())
+        trainer.stop_agreed, self._save_failed = stop, save_failed
+        trainer.nonfinite.check(bad_loss=bad_loss, bad_gradient=bad_gradient)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.nonfinite.end_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.trainer.take_step_counts()
-        if self.trainer.train_stream is not None:
+        trainer = self.trainer
+        trainer.take_step_counts(with_loss=not trainer.nonfinite.skipping)
+        if trainer.train_stream is not None:
             # transformers counts epochs of a stream from where it resumed.
             state.epoch = state.global_step / state.max_steps
-        if self.trainer.stop_agreed or (args.world_size <= 1 and self.trainer.stop_requested):
-            self.trainer.stop_agreed = True
+        if args.world_size <= 1 and trainer.stop_requested:
+            trainer.stop_agreed = True  # nobody else has to agree: a signal during this very step counts
+        if trainer.stop_agreed or trainer.nonfinite.reason_to_stop:
             control.should_save = True
             control.should_training_stop = True
+        if self._save_failed:
+            control.should_save = True
+        if self._first_step:
+            self._first_step = False
+            trainer.reserve_host_memory()
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.stop_agreed:
             control.should_evaluate = False
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.nonfinite.reason_to_stop:
+            raise TrainingStopped(self.trainer.nonfinite.reason_to_stop)

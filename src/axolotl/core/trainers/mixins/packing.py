@@ -2,67 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import has_length, seed_worker
 
-from axolotl.utils.data.bins import BinDataset
+from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
+from axolotl.utils.data.bins import BinDataset, CollateEmpty
 from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.data.stream_loader import StreamLoader
-from axolotl.utils.samplers.epoch import EpochSampler
+from axolotl.utils.samplers.epoch import EpochSampler, EvenBatches, LengthGroupedEpochSampler
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
 from axolotl.utils.samplers.utils import get_dataset_lengths
 
-
-class LengthGroupedEpochSampler(EpochSampler):
-    """Rows of similar length next to each other, in an order that depends on nothing but `(seed, epoch)`.
-
-    The shuffled rows are cut into groups of 50 batches and sorted by length within a group, longest first; the longest row
-    of all comes first, so that an out-of-memory error shows at once.
-
-    Args:
-        lengths: tokens of every row.
-        batch_size: rows per optimizer step and rank.
-        seed: any non-negative integer.
-    """
-
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
-        super().__init__(len(lengths), seed)
-        self.lengths = lengths
-        self.batch_size = batch_size
-
-    def order(self) -> np.ndarray:
-        order = super().order()
-        group = 50 * self.batch_size
-        groups = [order[start : start + group] for start in range(0, len(order), group)]
-        grouped = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in groups])
-        longest = int(np.argmax(self.lengths[grouped]))
-        grouped[[0, longest]] = grouped[[longest, 0]]
-        return grouped
+OWN_ORDER = ("random", "sequential", "group_by_length")
+"""Values of `train_sampling_strategy` that `EpochSampler` and its kin serve; others are left to transformers."""
 
 
 class PackingMixin(Trainer):
-    """Packed and unpacked data loaders whose order follows from seed and epoch, so that a resumed run sees the same."""
+    """Data loaders whose batches follow from seed and epoch alone.
+
+    An epoch is one list of rows or bins. Optimizer step s takes the items from s * G on, G = micro-batch * accumulation *
+    ranks, whatever the factors are; the last step of an epoch takes what is left. So a run that is split otherwise, or
+    resumed, sees the same.
+    """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if dataset is None or not has_length(dataset):
             return None
-        if args.train_sampling_strategy == "group_by_length":
-            lengths = get_dataset_lengths(dataset)
-            rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
-            self.train_order = LengthGroupedEpochSampler(lengths, rows_per_step, self._data_seed)
-            return self.train_order
-        if args.train_sampling_strategy not in ("random", "sequential"):
+        if args.train_sampling_strategy not in OWN_ORDER:
             return super()._get_train_sampler(dataset)
+        if args.train_sampling_strategy == "group_by_length":
+            rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * self._data_ranks
+            self.train_order = LengthGroupedEpochSampler(get_dataset_lengths(dataset), rows_per_step, self._data_seed)
+            return self.train_order
         in_order = args.curriculum_sampling or args.train_sampling_strategy == "sequential"
         self.train_order = EpochSampler(len(dataset), self._data_seed, shuffle=not in_order)
         return self.train_order
@@ -71,81 +49,86 @@ class PackingMixin(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    @property
+    def _data_ranks(self) -> int:
+        """Ranks that see different data; those of a tensor- or context-parallel group see the same."""
+        return max(1, self.args.world_size // self._group_size)
+
+    @property
+    def _group_size(self) -> int:
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
     def get_train_dataloader(self) -> Any:
-        dataset = self.train_dataset
+        dataset: Any = self.train_dataset
+        args = self.args
         if isinstance(dataset, TokenStream):
             self.train_stream = self._stream_loader(dataset)
             return self.train_stream
-        if not self.args.sample_packing or self.args.pretraining or isinstance(dataset, IterableDataset):
+        packed = args.sample_packing and not args.pretraining
+        order = None if isinstance(dataset, IterableDataset) else self._get_train_sampler(dataset)
+        # A sampler of somebody else may draw from a generator, which accelerate knows how to share among ranks.
+        ours = packed or isinstance(order, EpochSampler)
+        if order is None or not ours or self._leaves_batches_to_accelerate():
             return super().get_train_dataloader()
-        sampler = self._packing_sampler(
-            dataset,
-            self._get_train_sampler(dataset),
-            batch_size=self._train_batch_size,
-            max_len=self.args.max_seq_length,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        return self._packed_dataloader(dataset, sampler, "Training", is_training=True)
+        if packed:
+            batches = self._packing_sampler(
+                dataset, order, self._train_batch_size, args.max_seq_length, drop_last=args.dataloader_drop_last
+            )
+        else:
+            batches = BatchSampler(order, self._train_batch_size, args.dataloader_drop_last)
+        return self._build_dataloader(dataset, batches, self.data_collator, "Training", is_training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        args = self.args
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            assert self.eval_dataset is not None
+            dataset = self.eval_dataset[dataset]
+        # Metrics other than the loss gather the outputs of all ranks, which accelerate's repeated rows keep even.
+        gathers = self.compute_metrics is not None and self._data_ranks > 1
+        if dataset is None or not has_length(dataset) or gathers or self._leaves_batches_to_accelerate():
+            return super().get_eval_dataloader(eval_dataset)
+        order = EpochSampler(len(dataset), shuffle=False)
+        if args.sample_packing if args.eval_sample_packing is None else args.eval_sample_packing:
+            capacity = args.eval_max_seq_length or args.max_seq_length
+            batches = self._packing_sampler(dataset, order, args.per_device_eval_batch_size, capacity)
+        else:
+            batches = BatchSampler(order, args.eval_batch_size, drop_last=False)
+        if id(dataset) in self.eval_loaders:
+            return self.eval_loaders[id(dataset)]
+        collator = self.eval_data_collator or self.data_collator
+        loader = self._build_dataloader(dataset, batches, collator, "Evaluation")
+        if args.dataloader_persistent_workers:
+            self.eval_loaders[id(dataset)] = loader
+        return loader
+
+    def _leaves_batches_to_accelerate(self) -> bool:
+        """Whether `accelerator_config` asks for batches that are split or handed out by the first rank."""
+        config = self.accelerator.dataloader_config
+        return bool(config.split_batches or config.dispatch_batches)
 
     def _stream_loader(self, dataset: TokenStream) -> StreamLoader:
-        """This rank's share of a stream. Ranks of a tensor- or context-parallel group read the same."""
+        """This rank's share of a stream."""
         args = self.args
-        group = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         return StreamLoader(
             dataset,
             self.data_collator,
-            rank=args.process_index // group,
-            world_size=max(1, args.world_size // group),
+            rank=args.process_index // self._group_size,
+            world_size=self._data_ranks,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            assert self.eval_dataset is not None
-            dataset = self.eval_dataset[dataset]
-        packed = self.args.sample_packing if self.args.eval_sample_packing is None else self.args.eval_sample_packing
-        if not packed or dataset is None or isinstance(dataset, IterableDataset):
-            with self._uneven_batches():
-                return super().get_eval_dataloader(eval_dataset)
-        sampler = self._packing_sampler(
-            dataset,
-            EpochSampler(len(dataset), shuffle=False),
-            batch_size=self.args.per_device_eval_batch_size,
-            max_len=self.args.eval_max_seq_length or self.args.max_seq_length,
-            drop_last=False,
-        )
-        return self._packed_dataloader(dataset, sampler, "Evaluation")
-
-    @contextlib.contextmanager
-    def _uneven_batches(self) -> Iterator[None]:
-        """Lets ranks have different numbers of evaluation batches, so that no row is evaluated twice.
-
-        The evaluation of the loss has no collective per batch. A sharded model has them in its forward; there accelerate
-        repeats rows until all ranks have as many.
-        """
-        config = self.accelerator.dataloader_config
-        before = config.even_batches
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.compute_metrics is None:
-            config.even_batches = False
-        try:
-            yield
-        finally:
-            config.even_batches = before
-
     def _packing_sampler(
-        self, dataset: Dataset, order: Sampler, *, batch_size: int, max_len: int, drop_last: bool
+        self, dataset: Dataset, order: Sampler, batch_size: int, capacity: int, *, drop_last: bool = False
     ) -> MultipackBatchSampler:
-        """Bins of `max_len` tokens, `batch_size` in a batch; one bin of that many tokens unless real batches are asked."""
+        """Batches of `batch_size` bins of `capacity` tokens, laid out in one row unless real batches are asked for."""
         args = self.args
-        if not args.multipack_real_batches:
-            batch_size, max_len = 1, batch_size * max_len
         return MultipackBatchSampler(
             order,
             batch_size=batch_size,
-            batch_max_len=max_len,
+            batch_max_len=capacity,
             lengths=get_dataset_lengths(dataset),
             packing_efficiency_estimate=args.sample_packing_efficiency,
             drop_last=drop_last,
@@ -154,21 +137,33 @@ class PackingMixin(Trainer):
             bin_size=args.sample_packing_bin_size,
             num_processes=args.dataset_num_proc,
             mp_start_method=args.sample_packing_mp_start_method,
-            batch_multiple=max(1, args.world_size),
+            one_row=not args.multipack_real_batches,
         )
 
-    def _packed_dataloader(
-        self, dataset: Dataset, sampler: BatchSampler, description: str, *, is_training: bool = False
+    def _build_dataloader(
+        self, dataset: Any, batches: Any, collator: Any, description: str, *, is_training: bool = False
     ) -> DataLoader:
+        """A loader of this rank's share of `batches`."""
         args = self.args
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description=description)
+        # Only the loss of `TokenLossMixin` is surely a sum over tokens, to which an empty batch adds nothing.
+        own_loss = self.owns_loss and type(self).compute_loss is TokenLossMixin.compute_loss
+        even = EvenBatches(
+            batches, self._data_ranks, drop_last=is_training and args.dataloader_drop_last, repeat=not own_loss
+        )
         loader = DataLoader(
-            BinDataset(self._remove_unused_columns(dataset, description=description)),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator if is_training else (self.eval_data_collator or self.data_collator),
+            BinDataset(dataset),
+            batch_sampler=even,
+            collate_fn=CollateEmpty(collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
             if is_training
             else None,

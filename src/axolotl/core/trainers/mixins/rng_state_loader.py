@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 from axolotl.core.checkpoint import read_run_state
 from axolotl.exceptions import CheckpointError
@@ -17,7 +18,7 @@ LOG = get_logger(__name__)
 
 
 class RngLoaderMixin(Trainer):
-    """Loads the generators of a checkpoint, and the counters that transformers does not keep."""
+    """Loads the generators of a checkpoint, and the counters and callbacks that transformers does not keep."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -45,13 +46,33 @@ class RngLoaderMixin(Trainer):
             if self.train_stream is not None:
                 self.train_stream.load(checkpoint)
 
+    def _load_callback_state(self) -> None:
+        """Give callbacks what they have counted, such as evaluations without progress.
+
+        What they were made with stays that of this run: a longer `early_stopping_patience` takes effect. transformers, when
+        asked to restore callbacks, would make them anew as they were.
+        """
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()
+            return
+        found: dict[str, list[ExportableState]] = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                found.setdefault(type(callback).__name__, []).append(callback)
+        for name, saved in cast("dict[str, Any]", self.state.stateful_callbacks).items():
+            states = saved if isinstance(saved, list) else [saved]
+            for callback, state in zip(found.get(name, []), states, strict=False):
+                vars(callback).update(state.get("attributes", {}))
+
     def _check_optimizer(self, checkpoint: str) -> None:
         """Refuse the state of another optimizer: torch takes it, and fails at the first step, or not at all."""
         for group in [] if self.is_deepspeed_enabled else self.optimizer.param_groups:
-            lacks = sorted(set(self.optimizer.defaults) - set(group))
+            # torch adds `differentiable` to the defaults of every optimizer that it loads, not to the groups.
+            lacks = sorted(set(self.optimizer.defaults) - set(group) - {"differentiable"})
             if lacks:
+                name = self.args.alternate_optimizer or self.args.optim.value
                 raise CheckpointError(
-                    f"The checkpoint {checkpoint} was saved with another optimizer than `optimizer: {self.args.optim.value}`: its "
+                    f"The checkpoint {checkpoint} was saved with another optimizer than `optimizer: {name}`: its "
                     f"state has no {', '.join(lacks)}. Go on with the optimizer of that run, or choose another `output_dir`."
                 )
 
@@ -65,6 +86,9 @@ class RngLoaderMixin(Trainer):
             "num_tokens_trained": self.num_tokens_trained,
             "window_loss": window_loss.item(),
             "window_steps": self.window_steps,
+            "steps_skipped": self.nonfinite.num_skipped,
+            "steps_skipped_in_a_row": self.nonfinite.num_in_a_row,
+            "world_size": self.args.world_size,
         }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
@@ -73,3 +97,5 @@ class RngLoaderMixin(Trainer):
         self.num_tokens_trained = int(state.get("num_tokens_trained", 0))
         self.window_loss = self.window_loss.new_tensor(float(state.get("window_loss", 0.0)))
         self.window_steps = int(state.get("window_steps", 0))
+        self.nonfinite.num_skipped = int(state.get("steps_skipped", 0))
+        self.nonfinite.num_in_a_row = int(state.get("steps_skipped_in_a_row", 0))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from axolotl.core.trainers.causal_loss import (
     OutputHead,
@@ -23,6 +23,7 @@ from axolotl.core.trainers.causal_loss import (
     shift_labels,
 )
 from axolotl.core.trainers.utils import kept_random_state
+from axolotl.utils.data.bins import EmptyBatch
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -31,31 +32,35 @@ LOG = get_logger(__name__)
 class TokenLossMixin(Trainer):
     """Exact loss for training and evaluation of causal models, and the token counts that go with it.
 
-    Other models (classification, encoder-decoder) and losses given as `compute_loss_func` or label smoothing go through
-    `Trainer` unchanged.
+    Other models (classification, encoder-decoder) and losses given as `compute_loss_func` go through `Trainer` unchanged.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         base = self._base_causal_model()
         self.is_causal_lm = is_causal_lm(base)
-        self.owns_loss = self.is_causal_lm and self.label_smoother is None and self.compute_loss_func is None
+        self.owns_loss = self.is_causal_lm and self.compute_loss_func is None
         self._output_head: OutputHead | str | None = None
         if not self.args.fused_linear_loss:
             self._output_head = "`fused_linear_loss` is off"
+        if self.label_smoother is not None:
+            self._output_head = "`label_smoothing_factor` needs them"
         # A model that does not take `num_items_in_batch` gets its loss computed here, from its logits.
         self._model_takes_num_items = self.model_accepts_loss_kwargs
         if self.owns_loss:
             self.model_accepts_loss_kwargs = True
             self.loss_is_scaled_for_ga = True
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer = self.processing_class
+        if isinstance(tokenizer, ProcessorMixin):
+            tokenizer = tokenizer.tokenizer
         self._pad_token_id = None if tokenizer is None else tokenizer.pad_token_id
         # Sums over all ranks: tokens seen and tokens that carried loss, since the start of the run.
         self.num_tokens_seen = 0
         self.num_tokens_trained = 0
-        # A rank that was asked to stop says so here; all ranks learn it at the next step (see `get_batch_samples`).
-        self.stop_requested = False
-        self.stop_agreed = False
+        self.num_tokens_this_session = 0  # seen since this process began, without those before a resume
+        # Of the optimizer step under way: its micro-batches and their losses on this rank, for the report of a bad one.
+        self.step_batches: list[Any] = []
+        self.step_losses: list[torch.Tensor] = []
         # Loss of the optimizer step under way, and of the steps since the last log line (this rank's share).
         self.step_loss = torch.zeros((), device=self.args.device)
         self.window_loss = torch.zeros((), device=self.args.device)
@@ -63,7 +68,7 @@ class TokenLossMixin(Trainer):
         # Wall time and tokens of these steps; the time of evaluations and saves is not in it.
         self._window_tokens = [0.0, 0, 0]
         self._step_began = time.perf_counter()
-        self._step_sums = torch.zeros(3, dtype=torch.int64)
+        self._step_sums = torch.zeros(2, dtype=torch.int64)
         self._eval_sums: torch.Tensor | None = None
         self._eval_counts_tokens = False
 
@@ -75,22 +80,25 @@ class TokenLossMixin(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The micro-batches of an optimizer step and the number of supervised tokens in them, over all ranks."""
+        self.step_losses = []
         if not self.owns_loss:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            self.step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return self.step_batches, num_items
         self._step_began = time.perf_counter()
-        batches = [mask_document_starts(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        loaded = list(itertools.islice(epoch_iterator, num_batches))
+        batches = [mask_document_starts(batch) for batch in loaded]
+        self.step_batches = batches
         if not batches or "labels" not in batches[0]:
             return batches, None
-        # [supervised, all, ranks that want to stop]: one small collective per optimizer step.
-        sums = torch.zeros(3, dtype=torch.int64, device=device)
-        for batch in batches:
+        # [supervised, all]: one small collective per optimizer step.
+        sums = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in (b for b, source in zip(batches, loaded, strict=True) if not isinstance(source, EmptyBatch)):
             sums[0] += count_supervised_tokens(batch).to(device)
             sums[1] += count_tokens(batch, self._pad_token_id).to(device)
-        sums[2] = int(self.stop_requested)
         if self.args.world_size > 1:
             sums = cast("torch.Tensor", self.accelerator.reduce(sums, reduction="sum"))
             # Ranks of a tensor- or context-parallel group hold the same batch.
-            sums[:2] //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+            sums //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         self._step_sums = sums
         self.step_loss = torch.zeros((), device=device)
         return batches, sums[0].clamp(min=1)
@@ -99,6 +107,7 @@ class TokenLossMixin(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_losses.append(loss)
         self.step_loss = self.step_loss + loss.to(self.step_loss.device)
         return loss
 
@@ -128,15 +137,16 @@ class TokenLossMixin(Trainer):
         head = self._output_head if wants_logits else self._find_output_head(model)
         labels_BT = shift_labels(inputs)
         if isinstance(head, OutputHead) and not wants_logits:
-            with fused_loss(head, labels_BT, num_items):
+            with fused_loss(head, labels_BT, num_items, self.args.loss_num_chunks):
                 outputs = model(**inputs)
             loss = outputs["loss"]
-        elif self._model_takes_num_items:
+        elif self._model_takes_num_items and self.label_smoother is None:
             outputs = model(**inputs, num_items_in_batch=num_items)
             loss = outputs["loss"]
         else:
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-            loss = cross_entropy_of_logits(outputs["logits"], labels_BT) / num_items
+            smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+            loss = cross_entropy_of_logits(outputs["logits"], labels_BT, smoothing) / num_items
             if outputs.get("aux_loss") is not None:
                 loss = loss + self._base_causal_model().config.router_aux_loss_coef * outputs["aux_loss"]
         loss = self._weigh_router_loss(loss, outputs, own_count / num_items) * scale
@@ -159,7 +169,8 @@ class TokenLossMixin(Trainer):
                 with self.compute_loss_context_manager():
                     found = probe_logit_formula(model, base, found)
             if isinstance(found, str):
-                LOG.info(f"The loss is computed from full logits: {found}.")
+                unchunked = ", so that `chunked_cross_entropy` has no effect" if self.args.loss_num_chunks else ""
+                LOG.info(f"The loss is computed from full logits: {found}{unchunked}.")
             self._output_head = found
         return self._output_head
 
@@ -206,16 +217,17 @@ class TokenLossMixin(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
-    def take_step_counts(self) -> None:
-        """At the end of an optimizer step: add its counts and loss to those of the run."""
+    def take_step_counts(self, *, with_loss: bool = True) -> None:
+        """At the end of an optimizer step: add its counts to those of the run, and its loss unless it was left out."""
         if not self.owns_loss:
             return
-        trained, seen, stops = self._step_sums.tolist()
+        trained, seen = self._step_sums.tolist()
         self.num_tokens_trained += trained
         self.num_tokens_seen += seen
-        self.stop_agreed = stops > 0
-        self.window_loss = self.window_loss + self.step_loss
-        self.window_steps += 1
+        self.num_tokens_this_session += seen
+        if with_loss:
+            self.window_loss = self.window_loss + self.step_loss
+            self.window_steps += 1
         for index, value in enumerate((time.perf_counter() - self._step_began, seen, trained)):
             self._window_tokens[index] += value
 
