@@ -32,10 +32,6 @@ def one_of(*words: str) -> Refused:
     return lambda value: isinstance(value, str) and value.strip().lower() in words
 
 
-def offload(value: Any) -> bool:
-    return isinstance(value, str) and value.strip().lower().startswith("offload")
-
-
 # Key -> (which of its values are refused, what else to write).
 NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "rl": (is_set, "Only supervised fine-tuning is."),
@@ -55,45 +51,25 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "dp_shard_size": (above_one, ""),
     "dp_replicate_size": (above_one, ""),
     "use_ray": (is_set, "Use `--launcher torchrun`."),
-    "relora": (is_set, ""),
-    "jagged_restart_steps": (is_set, ""),
-    "lisa_n_layers": (is_set, ""),
-    "lisa_step_interval": (is_set, ""),
     "processor_type": (is_set, "Only text models are."),
     "role_boundaries": (is_set, "Only text models are."),
     "freeze_mm_modules": (is_set, "Only text models are."),
-    "fp8": (is_set, "Use `bf16: auto`."),
-    "activation_offloading": (is_set, "Use `gradient_checkpointing: true`."),
-    "gradient_checkpointing": (offload, "Use `gradient_checkpointing: true`."),
-    "layer_offloading": (is_set, ""),
-    "selective_checkpointing": (is_set, "Use `gradient_checkpointing: true`."),
-    "tiled_mlp": (is_set, ""),
     "llama4_linearized_experts": (is_set, ""),
-    "s2_attention": (is_set, "Use `flash_attention: true`."),
-    "use_otel_metrics": (is_set, "Use `wandb_project:` or `use_tensorboard: true`."),
     "use_eaft": (is_set, ""),
-    "do_bench_eval": (is_set, ""),
-    "do_causal_lm_eval": (is_set, ""),
-    "eval_table_size": (is_set, ""),
-    "generate_samples": (is_set, ""),
-    "auto_find_batch_size": (is_set, "`axolotl plan` forecasts what fits."),
     "use_onebitllms": (is_set, ""),
     "fp32_norms": (is_set, ""),
     "scaling_softmax": (is_set, ""),
     "gemma4_hybrid_attn_impl": (is_set, ""),
-    "peft_adapter": (is_set, ""),
+    "peft_init_lora_weights": (
+        one_of("eva", "corda", "lora_ga"),
+        "It starts from your data. Use `pissa`, or remove it.",
+    ),
     "ple_cpu_offload": (is_set, ""),
     "quantize_moe_experts": (is_set, ""),
     "flash_optimum": (is_set, "Use `flash_attention: true`."),
     "optimizer": (
-        one_of(
-            *"""optimi_adamw ao_adamw_fp8 adopt_adamw adamc came_pytorch muon dion sinkgd polora flash_adamw flash_adam
-            flash_sgd flash_sgdw flash_lion q_galore_adamw8bit galore_adamw galore_adamw_8bit galore_adafactor
-            galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
-            schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw
-            adamw_anyprecision adamw_torch_xla adamw_torch_npu_fused""".split()  # noqa: SIM905
-        ),
-        "Use `adamw_torch_fused` or another optimizer of torch or bitsandbytes.",
+        one_of("polora"),
+        "It is a package of its own, `polora`. Use `loraplus_lr_ratio` or `adamw_torch_fused`.",
     ),
 }
 
@@ -108,21 +84,17 @@ PLUGINS_NOT_BUILT = frozenset(
 
 # Named chat templates that do not ship. The tokenizers of these models bring theirs along.
 CHAT_TEMPLATES_NOT_BUILT = frozenset(
-    "command_a command_a_rag command_a_tool_use exaone4 gemma4 gemma4_unified nemotron_h qwen3_5".split()  # noqa: SIM905
+    "command_a command_a_rag command_a_tool_use exaone4 gemma4_unified".split()  # noqa: SIM905
 )
 DATASET_TYPES_NOT_BUILT = frozenset({"creative_acr"})
 
 # Keys that are hints about speed or memory. The result of a run is the same with and without them.
 NO_EFFECT_YET = (
-    "chunked_cross_entropy",
-    "flash_attn_cross_entropy",
     "flash_attn_fuse_mlp",
     "flash_attn_d512",
     "large_head_attention",
     "fused_attn_kernel",
     "flex_attn_compile_kwargs",
-    "torch_compile_options",
-    "async_save",
 )
 
 COMMANDS_NOT_BUILT = {

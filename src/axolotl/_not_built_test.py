@@ -19,32 +19,24 @@ PART_OF = {
         dpo_use_liger_kernel dpo_use_weighting precompute_ref_log_probs cpo_alpha simpo_gamma kto_desirable_weight
         kto_undesirable_weight""",
     "reward_model": "center_rewards_coefficient",
-    "do_bench_eval": "bench_dataset bench_split",
-    "generate_samples": """num_generation_samples generation_do_sample generation_max_new_tokens generation_prompt_ratio
-        generation_temperature generation_top_k generation_top_p""",
     "fp8": "fp8_config fp8_enable_fsdp_float8_all_gather",
     "use_eaft": "eaft_alpha eaft_k",
     "fp32_norms": "fp32_norm_classes",
     "scaling_softmax": "scaling_softmax_bias scaling_softmax_factor",
-    "tiled_mlp": "tiled_mlp_num_shards tiled_mlp_use_original_mlp",
     "context_parallel_size": "heads_k_stride ring_attn_func",
-    "relora": "relora_cpu_offload relora_prune_method",
     "use_ray": "ray_num_workers ray_run_name resources_per_worker",
-    "use_otel_metrics": "otel_metrics_host otel_metrics_port",
-    "optimizer": """torchdistx_path dion_lr qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size
-        qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap""",
 }
 # `cli/utils/tracking.py` hands every key with these prefixes to its tracker.
 HANDED_ON = ("wandb_", "mlflow_", "comet_", "trackio_")
-# True of every run, or without consequence for one: tokens per second are always reported, and columns that the model does
-# not take never reach it.
+# True of every run, or without consequence for one: columns that the model does not take never reach it.
+# `tiled_mlp` always tiles the model's own MLP.
 ALWAYS = {
+    "tiled_mlp_use_original_mlp",
     "low_cpu_mem_usage",
+    "relora_cpu_offload",
     "save_safetensors",
     "experimental_skip_move_to_device",
-    "include_tokens_per_second",
     "remove_unused_columns",
-    "chunked_cross_entropy_num_chunks",
 }
 
 # Any value of these keys that asks for something.
@@ -53,8 +45,8 @@ ASKING = {
     "deepspeed": "zero1.json",
     "fsdp": ["full_shard"],
     "fsdp_config": {"offload_params": True},
-    "gradient_checkpointing": "offload",
-    "optimizer": "muon",
+    "optimizer": "polora",
+    "peft_init_lora_weights": "eva",
 }
 
 

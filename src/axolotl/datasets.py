@@ -109,7 +109,9 @@ class TokenizedPromptDataset(Dataset):
         self.keep_in_memory = keep_in_memory
         self._dataset_name = kwargs.pop("name", None)
         self.num_filtered = 0
-        super().__init__(self.process(dataset).data, **kwargs)
+        rows = self.process(dataset)
+        # Without a fingerprint `Dataset` makes one of everything that this object holds: it would pickle the tokenizer.
+        super().__init__(rows.data, **{"fingerprint": rows._fingerprint, **kwargs})
 
     def process(self, dataset: Dataset) -> Dataset:
         """`dataset`, tokenized."""

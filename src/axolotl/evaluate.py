@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from axolotl.core.checkpoint import check_output_dir
 from axolotl.exceptions import ConfigError
 from axolotl.train import is_main_process, setup_model_and_trainer
+from axolotl.utils.callbacks.build import check_evaluation
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -37,6 +38,7 @@ def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
     Returns:
         Metrics, named `train_...` and `eval_...`.
     """
+    check_evaluation(cfg)
     check_output_dir(cfg.output_dir)
     choose_trained_result(cfg)
     trainer, _, _, _, _ = setup_model_and_trainer(cfg, dataset_meta)

@@ -70,5 +70,9 @@ class OutOfMemoryError(AxolotlError, RuntimeError):
     """The device ran out of memory. Names the step and the keys that would make the run smaller."""
 
 
+class TrackerError(AxolotlError, RuntimeError):
+    """An experiment tracker cannot be started. Names its key and what it said; raised before anything is trained."""
+
+
 class TrainingStopped(AxolotlError, RuntimeError):
     """The run stopped itself (non-finite loss, watchdog, signal). What was saved is named in the message."""

@@ -18,6 +18,8 @@ NOISE: dict[str, tuple[str, ...]] = {
     "torchao": ("Failed to load ",),
     "torchao.kernel.intmm": ("Warning: Detected no triton",),
     "torch.utils._pytree": ("<enum ",),
+    # At every layer of every step of an 8-bit model.
+    "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # Files that cannot be read end in an error of ours, which names the dataset and the cause.
     "datasets.packaged_modules.json.json": ("Failed to load JSON",),
@@ -27,6 +29,8 @@ NOISE: dict[str, tuple[str, ...]] = {
 # The same for `warnings`: (how the message starts, as a regular expression; its category).
 NOISE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft asks transformers by the old name
+    # At every checkpoint; how many rows the embedding has is one of the choices that are shown.
+    ("Setting `save_embedding_layers` to `True` as the embedding layer has been resized", UserWarning),
 )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
-from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
+from transformers import TokenizersBackend
+from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase, TruncationStrategy
+from transformers.utils import PaddingStrategy
 
 from axolotl.exceptions import DatasetError
 from axolotl.prompters import IGNORE_TOKEN_ID, Prompter
@@ -107,18 +109,7 @@ class PromptTokenizingStrategy(abc.ABC):
     ) -> list[list[int]]:
         """The ids alone; see `_tokenize_texts`."""
         full = [text for text in texts if text]
-        encoded = iter(
-            self.tokenizer(
-                full,
-                truncation=True,
-                max_length=self.max_length,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-            if full
-            else ()
-        )
+        encoded = iter(encode_texts(self.tokenizer, full, self.max_length) if full else ())
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         rows: list[list[int]] = []
         for text in texts:
@@ -131,6 +122,44 @@ class PromptTokenizingStrategy(abc.ABC):
                 del ids[0]
             rows.append(ids)
         return rows
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[list[int]]:
+    """The ids that `tokenizer(texts)` gives, special tokens included, truncated at `max_length`.
+
+    A tokenizer that calls the backend as transformers does is asked for ids without offsets, which take up to a third of the time.
+    """
+    if _calls_backend_plainly(tokenizer):
+        tokenizer.set_truncation_and_padding(
+            padding_strategy=PaddingStrategy.DO_NOT_PAD,
+            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+            max_length=max_length,
+            stride=0,
+            pad_to_multiple_of=None,
+            padding_side=None,
+        )
+        backend = tokenizer.backend_tokenizer
+        if backend.encode_special_tokens != tokenizer.split_special_tokens:
+            backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    encoded: Any = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return encoded["input_ids"]
+
+
+def _calls_backend_plainly(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[TokenizersBackend]:
+    """Whether a tokenizer hands texts to the backend without doing anything of its own to them or to the ids."""
+    names = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding", "_switch_to_input_mode")
+    return isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(type(tokenizer), name, None) is getattr(TokenizersBackend, name, None) and name not in vars(tokenizer)
+        for name in names
+    )
 
 
 def is_batch(prompt: dict[str, Any]) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from axolotl.conftest import make_tokenizer
 from axolotl.exceptions import DatasetError
 from axolotl.prompt_tokenizers import (
     AlpacaPromptTokenizingStrategy,
     InstructionPromptTokenizingStrategy,
+    encode_texts,
     parse_tokenized_to_result,
     tokenize_prompt_default,
 )
 from axolotl.prompters import AlpacaPrompter
+from tests.tiny import make_tiny_tokenizer
 
 TOKENIZER = make_tokenizer()
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40)
@@ -102,3 +105,23 @@ def test_results_are_put_together():
     result, length = tokenize_prompt_default()
     result, length = parse_tokenized_to_result(result, length, {"input_ids": [5, 0]}, [-100, 7], pad_token_id=0)
     assert (result, length) == ({"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [-100, 7]}, 2)
+
+
+class SpellsOut(PreTrainedTokenizerFast):
+    """A tokenizer that changes texts before its backend sees them."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus([each.replace("&", "and") for each in text], *args, **kwargs)
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, SpellsOut])
+def test_ids_without_offsets_are_those_of_the_tokenizer(kind, side, split_special_tokens, tmp_path):
+    make_tiny_tokenizer(tmp_path)
+    tokenizer = kind.from_pretrained(tmp_path, truncation_side=side, split_special_tokens=split_special_tokens)
+    texts = ["a & b", " ", "</s><|im_start|>x", "héllo 你好 🎉", "a" * 300, "\r\n\t"]
+    tokenizer(texts, padding="max_length", max_length=400)  # leaves its padding with the backend
+    found = encode_texts(tokenizer, texts, max_length=50)
+    assert found == tokenizer(texts, truncation=True, max_length=50, padding=False)["input_ids"]
+    assert (found[0] == encode_texts(tokenizer, ["a and b"], max_length=50)[0]) == (kind is SpellsOut)

@@ -240,7 +240,7 @@ def _set(**changes: Any) -> Callable[[Desk], None]:
         (_set(lora_target_linear=False, lora_target_modules=["qproj"]), ("matches nothing", "Did you mean q_proj")),
         (_set(lora_model_dir="nope"), ("`lora_model_dir: nope`", "adapter_config.json")),
         (_set(resume_from_checkpoint="out/checkpoint-9"), ("`resume_from_checkpoint: out/checkpoint-9`", "none")),
-        (_set(learning_rate=1e30), ("The loss of step 2 is nan", "lower `learning_rate`")),
+        (_set(learning_rate=1e30, non_finite_policy="raise"), ("The loss of step 2 is nan", "lower `learning_rate`")),
         (
             _set(sample_paking=True, lora_r="x", micro_batch_size=None, bf16="perhaps"),
             ("`sample_packing`", "`lora_r: x`"),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from axolotl.utils.data.fingerprint import CONFIG_KEYS, NOT_IN_ROWS, WatchedConf
 from axolotl.utils.data.sft import build_rows, prepare
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.datasets import SFTDataset
+from tests.integration.training_runs import CommandLine
 from tests.tiny import CHATML, make_tiny_base, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,7 +235,7 @@ def desk(tmp_path_factory) -> Path:
     return folder
 
 
-def preprocess(desk: Path, prepared: str) -> subprocess.Popen:
+def preprocess(desk: Path, prepared: str) -> CommandLine:
     cfg = {
         "base_model": "base",
         "datasets": [{"path": "d.jsonl", "type": "alpaca"}],
@@ -249,15 +248,7 @@ def preprocess(desk: Path, prepared: str) -> subprocess.Popen:
         "dataset_prepared_path": prepared,
     }
     (desk / f"{Path(prepared).name}.yml").write_text(yaml.safe_dump(cfg))
-    command = [sys.executable, "-m", "axolotl.cli.main", "preprocess", f"{Path(prepared).name}.yml"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, cwd=desk, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return CommandLine("preprocess", f"{Path(prepared).name}.yml", folder=desk)
 
 
 @pytest.mark.slow
@@ -265,18 +256,18 @@ def test_killed_at_any_moment(desk):
     """What is under a final name is always whole, and the next run finishes."""
     prepared = desk / "killed"
     rng = random.Random(1)
+    preprocess(desk, "whole").finish()
     start = time.monotonic()
-    finish(preprocess(desk, "whole"))
+    preprocess(desk, "again").finish()  # the first may have waited for imports
     whole_seconds = time.monotonic() - start
     for _ in range(5):
         process = preprocess(desk, "killed")
-        time.sleep(rng.uniform(0.3, 1.0) * whole_seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        time.sleep(rng.uniform(0.1, 1.0) * whole_seconds)
+        process.kill()
         for folder in prepared.glob("*/"):
             if "building" not in folder.name:
                 assert find_damage(folder) is None
-    finish(preprocess(desk, "killed"))
+    preprocess(desk, "killed").finish()
     (made,) = list(prepared.glob("*/"))
     (expected,) = list((desk / "whole").glob("*/"))
     assert load_from_disk(str(made))[:] == load_from_disk(str(expected))[:]
@@ -286,7 +277,7 @@ def test_killed_at_any_moment(desk):
 def test_two_at_the_same_time(desk):
     processes = [preprocess(desk, "shared") for _ in range(2)]
     for process in processes:
-        finish(process)
+        process.finish()
     (folder,) = list((desk / "shared").glob("*/"))
     assert find_damage(folder) is None
 

@@ -52,7 +52,7 @@ class Client:
             "HF_HUB_DISABLE_XET": "1",
             **env,
         }
-        command = [sys.executable, "-m", "tests.integration.hub_client"]
+        command = [sys.executable, "-m", "tests.integration.hub_client", "--impatient"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env={**base, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -249,7 +249,6 @@ def test_rows_prepared_online_are_found_without_a_hub(client, offline, tmp_path)
     assert sorted(tmp_path.glob("*/*.arrow")) == before
 
 
-@pytest.mark.slow
 def test_a_hub_that_does_not_answer(client, home):
     client.rows(path="org/lines")
     unplugged = Client("http://127.0.0.1:9", home)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
@@ -20,10 +16,8 @@ from safetensors.torch import load_file
 from axolotl.core.checkpoint import list_checkpoints
 from axolotl.utils.data.streaming import wrap_streaming_dataset
 from axolotl.utils.dict import DictDefault
-from tests.integration.training_runs import make_trainer, steps_of, weights_of
+from tests.integration.training_runs import CommandLine, make_trainer, steps_of, weights_of
 from tests.tiny import CHATML, make_tiny_llama, make_tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 FORMS = {
     "pretraining": {
@@ -80,17 +74,12 @@ def config(folder: Path, name: str, form: str, **keys) -> Path:
     return path
 
 
-def start(folder: Path, path: Path, *launcher: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, "-m", "axolotl.cli.train", str(path)]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(folder: Path, path: Path, num_ranks: int = 1) -> str:
+    return start(folder, path, num_ranks).finish()
 
 
-def run(folder: Path, path: Path, *launcher: str) -> str:
-    process = start(folder, path, *launcher)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def start(folder: Path, path: Path, num_ranks: int = 1) -> CommandLine:
+    return CommandLine("train", path.name, "--launcher", "python", folder=folder, num_ranks=num_ranks)
 
 
 def result(folder: Path, name: str) -> tuple[list, dict]:
@@ -152,11 +141,10 @@ def test_killed_run_goes_on_as_if_it_had_not_been(folder, request, form, keys):
     process = start(folder, path)
     deadline = time.monotonic() + 240
     while not list_checkpoints(folder / f"{name}-killed"):
-        assert process.poll() is None, process.stdout.read()
+        assert not process.ended(), process.output()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     last = list_checkpoints(folder / f"{name}-killed")[-1]
     assert int(last.name.rpartition("-")[2]) < 8
     run(folder, path)
@@ -177,17 +165,13 @@ def test_packed_stream_has_the_loss_of_an_unpacked_one(folder):
 
 @pytest.mark.slow
 def test_two_ranks_read_different_rows_and_resume(folder):
-    with socket.socket() as port:
-        port.bind(("localhost", 0))
-        number = port.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={number}")
     keys = {"sample_packing": True, "ddp_backend": None, "max_steps": 4}
-    run(folder, config(folder, "two-whole", "pretraining", **keys), *launcher)
+    run(folder, config(folder, "two-whole", "pretraining", **keys), num_ranks=2)
     whole = result(folder, "two-whole")
     states = [json.loads((folder / f"two-whole/checkpoint-4/stream_state_{rank}.json").read_text()) for rank in (0, 1)]
     assert [state["rank"] for state in states] == [0, 1]
     # What a run that was killed after step 2 leaves.
     for left in (3, 4):
-        subprocess.run(["rm", "-r", str(folder / f"two-whole/checkpoint-{left}")], check=True)
-    run(folder, config(folder, "two-whole", "pretraining", **keys), *launcher)
+        shutil.rmtree(folder / f"two-whole/checkpoint-{left}")
+    run(folder, config(folder, "two-whole", "pretraining", **keys), num_ranks=2)
     assert result(folder, "two-whole") == whole

@@ -10,6 +10,7 @@ from axolotl.cli.utils.overrides import apply_overrides
 from axolotl.exceptions import ConfigError, ModelError, NotBuiltError
 from axolotl.loaders import load_model_config, load_tokenizer
 from axolotl.loaders.model import read_dtype
+from axolotl.loaders.utils import read_base_model, read_revision
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.merge import FourBit, MergeReport, merge_adapter
@@ -93,14 +94,15 @@ def do_merge_lora(
         return None
     if trained_in_4bit is None:
         trained_in_4bit = cfg.adapter == "qlora" or bool(cfg.load_in_4bit)
-    LOG.info(f"merging {adapter_dir} into {cfg.base_model}")
+    base_model = read_base_model(DictDefault({**cfg, "lora_model_dir": str(adapter_dir)}))
+    LOG.info(f"merging {adapter_dir} into {base_model}")
     report = merge_adapter(
-        cfg.base_model,
+        base_model,
         adapter_dir,
         output_dir,
         dequantize=dequant,
         four_bit=read_four_bit(cfg) if trained_in_4bit else None,
-        revision=cfg.revision_of_model,
+        revision=read_revision(cfg, base_model),
         config=None if (adapter_dir / "config.json").is_file() else load_model_config(cfg),
         trust_remote_code=bool(cfg.trust_remote_code),
     )

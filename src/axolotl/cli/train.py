@@ -36,11 +36,14 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
     """
     from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.integrations.base import PluginManager
-    from axolotl.train import train
+    from axolotl.train import is_main_process, train
+    from axolotl.utils.callbacks.trackers import check_trackers
 
     check_accelerate_default_config()
     if cfg.hub_model_id or cfg.push_dataset_to_hub:
         check_user_token()
+    # A tracker that cannot start is found out before hours go into the data.
+    check_trackers(cfg, is_main_process=is_main_process())
     manager = PluginManager.get_instance()
     dataset_meta = manager.load_datasets(cfg, preprocess=False)
     if dataset_meta is None:

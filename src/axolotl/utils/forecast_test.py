@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
 from axolotl.plan import _count_norms, decoder_layers, linear_input_features
 from axolotl.utils.forecast import (
     GIB,
@@ -201,3 +202,46 @@ def test_remedies_are_ranked_and_honest():
 def test_eager_attention_grows_with_the_square_of_the_length():
     short, long = (forecast(llama_8b(attention_kind="eager", tokens=n, row_length=n)).activations for n in (4096, 8192))
     assert long / short > 3
+
+
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_a_tiled_layer_keeps_no_wide_tensors(num_shards):
+    kept = []
+    for num_layers in (1, 3):
+        model = build(LlamaConfig, num_layers, lora=False, dtype=torch.float32)
+        apply_tiled_mlp(model, num_shards)
+        kept.append(kept_bytes(model, autocast=False))
+    per_token = (kept[1] - kept[0]) / 2 / TOKENS
+    layer = LayerShape(
+        hidden=64, intermediate=160, attention=64, key_value=32,
+        linear_inputs=linear_input_features(decoder_layers(model)[0], own_copies=False, recompute_mlp=True),
+    )  # fmt: skip
+    run = Run(
+        layer=layer, num_layers=3, vocab=64, tokens=TOKENS, row_length=TOKENS, num_params=0, num_trained=0,
+        compute_bytes=4, num_heads=4, mlp_tiles=num_shards,
+    )  # fmt: skip
+    assert layer_bytes(run) == pytest.approx(per_token, rel=0.1)
+
+
+def test_every_knob_makes_the_run_smaller_by_what_it_moves():
+    plain = llama_8b()
+    checkpointed = dataclasses.replace(plain, checkpointing=True)
+    kept = dataclasses.replace(checkpointed, keeps_attention=True)
+    sizes = [
+        forecast(run).activations
+        for run in (
+            dataclasses.replace(checkpointed, offload=True),
+            checkpointed,
+            dataclasses.replace(kept, keeps_on_host=True),
+            kept,
+            dataclasses.replace(checkpointed, checkpoint_every=2),
+            plain,
+        )
+    ]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
+    on_host = dataclasses.replace(plain, layers_on_host=True)
+    moved = plain.num_quantized * plain.weight_bytes * (1 - 2 / plain.num_layers)
+    assert weight_bytes(plain)[0] - weight_bytes(on_host)[0] == pytest.approx(moved)
+    long = dataclasses.replace(checkpointed, tokens=131072, row_length=131072)
+    assert forecast(dataclasses.replace(long, mlp_tiles=32)).total < forecast(long).total
+    assert forecast(dataclasses.replace(plain, loss_chunks=10**6)).loss < forecast(plain).loss

@@ -87,8 +87,9 @@ def explain_error(error: BaseException) -> str:
         return f"Error: no space left on the disk{_of_path(error)}. Free some, or point `output_dir` elsewhere."
     if isinstance(error, PermissionError):
         return f"Error: permission denied{_of_path(error)}. Check its owner and mode, or choose another path."
+    notes = "".join(f"  {note}\n" for note in getattr(error, "__notes__", ()))
     return (
-        f"Error: {type(error).__name__}: {_first_line(error)}\n"
+        f"Error: {type(error).__name__}: {_first_line(error)}\n{notes}"
         f"  at {innermost_frame(error)}; set AXOLOTL_DEBUG=1 for the traceback."
     )
 

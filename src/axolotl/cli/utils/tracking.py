@@ -41,6 +41,14 @@ def prepare_tracking(cfg: DictDefault) -> None:
                 os.environ[f"COMET_START_EXPERIMENT_{name.upper()}"] = _as_variable(setting)
             continue
         os.environ[VARIABLES.get(key, key.upper())] = _as_variable(value)
+    if cfg.wandb_run_id:
+        # The key is there to continue a run: without this, one of the same id would be overwritten.
+        os.environ.setdefault("WANDB_RESUME", "allow")
+    if cfg.mlflow_tracking_uri and _is_folder(cfg.mlflow_tracking_uri):
+        # MLflow 3.7 and later ask for a word of consent to what the key already asks for.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    # A server that is lost on the way holds a run up for seconds; seven tries, the default, take minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     if cfg.wandb_mode == "disabled" and cfg.use_wandb is None:
         cfg.use_wandb = False
     for project_key, switch in TRACKERS.values():
@@ -50,6 +58,10 @@ def prepare_tracking(cfg: DictDefault) -> None:
         os.environ.pop("WANDB_DISABLED", None)
     else:
         os.environ["WANDB_DISABLED"] = "true"
+
+
+def _is_folder(uri: str) -> bool:
+    return uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc"))
 
 
 def _as_variable(value: Any) -> str:

@@ -33,3 +33,20 @@ def test_an_explicit_switch_wins_and_nothing_is_sent_unasked():
     prepare_tracking(cfg)
     assert cfg.use_wandb is False
     assert os.environ["WANDB_DISABLED"] == "true"
+
+
+def test_a_run_id_continues_the_run_unless_the_environment_says_otherwise():
+    prepare_tracking(DictDefault(wandb_project="p", wandb_run_id="r"))
+    assert os.environ["WANDB_RESUME"] == "allow"
+    os.environ["WANDB_RESUME"] = "must"
+    prepare_tracking(DictDefault(wandb_project="p", wandb_run_id="r"))
+    assert os.environ["WANDB_RESUME"] == "must"
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_folder"), [("./mlruns", True), ("file:///x", True), ("sqlite:///m.db", False), ("databricks", False)]
+)
+def test_a_folder_is_consent_to_keep_runs_in_it(uri, is_folder):
+    os.environ.pop("MLFLOW_ALLOW_FILE_STORE", None)
+    prepare_tracking(DictDefault(mlflow_experiment_name="e", mlflow_tracking_uri=uri))
+    assert ("MLFLOW_ALLOW_FILE_STORE" in os.environ) == is_folder

@@ -86,7 +86,7 @@ def test_perplexity_counts_every_token_once(tmp_path, stride):
     tokenizer, model = make_tiny_tokenizer(tmp_path / "t"), make_tiny_llama(tmp_path / "m")
     text = "How many legs has a dog? A dog has four legs."
     length = len(tokenizer(text)["input_ids"])
-    total, count = Perplexity(tokenizer, 8, stride)._score(model, text)
+    total, count = Perplexity(tokenizer, 8, stride).sum_losses(model, [text])
     assert count == length - 1 if stride < 8 else count <= length - 1
     assert math.isfinite(total)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -95,3 +95,17 @@ def test_perplexity_counts_every_token_once(tmp_path, stride):
         assert whole == pytest.approx(math.exp(model(input_ids=ids, labels=ids).loss.item()), rel=1e-4)
     with pytest.raises(ValueError, match="references"):
         Perplexity(tokenizer, 8).compute(model)
+
+
+def test_perplexity_makes_no_logits_over_the_vocabulary(tmp_path):
+    tokenizer, model = make_tiny_tokenizer(tmp_path / "t"), make_tiny_llama(tmp_path / "m")
+    widths = []
+    model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[-1]))
+    model.train()
+    model.model.layers[0].eval()
+    Perplexity(tokenizer, 8, 4).compute(model, ["How many legs has a dog? A dog has four legs."])
+    # The first call learns the formula of the logits from two tokens.
+    assert len(widths) > 3
+    assert set(widths[1:]) == {1}
+    assert model.training
+    assert not model.model.layers[0].training

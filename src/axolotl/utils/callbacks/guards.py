@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from axolotl.utils.logging import get_logger
 
@@ -64,8 +65,8 @@ class SkipEvalOnResumeCallback(TrainerCallback):
             args.eval_on_start = False
 
 
-class LossWatchDogCallback(TrainerCallback):
-    """Stops the run when the loss stays above a threshold.
+class LossWatchDogCallback(TrainerCallback, ExportableState):
+    """Stops the run when the loss stays above a threshold. Checkpoints keep its strikes.
 
     Args:
         threshold: `loss_watchdog_threshold`; a logged loss above it is a strike.
@@ -77,11 +78,18 @@ class LossWatchDogCallback(TrainerCallback):
         self.patience = patience
         self.strikes = 0
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {
+            "args": {"threshold": self.threshold, "patience": self.patience},
+            "attributes": {"strikes": self.strikes},
+        }
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> Any:
         loss = (logs or {}).get("loss")
         if loss is None:
             return control
-        self.strikes = self.strikes + 1 if loss > self.threshold else 0
+        # Not `loss > threshold`: a loss that is not a number is above every threshold.
+        self.strikes = 0 if loss <= self.threshold else self.strikes + 1
         if self.strikes >= self.patience:
             LOG.warning(
                 f"The loss was above `loss_watchdog_threshold: {self.threshold}` in {self.strikes} log lines in a row "

@@ -1,4 +1,4 @@
-"""What the trackers' callbacks share: the config goes to the tracker once, when training begins."""
+"""What the trackers' callbacks share: the config goes to the tracker once, when training begins; its run ends with ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from typing import Any
 from transformers import TrainerCallback
 
 
-class SaveConfigCallback(TrainerCallback):
+class TrackerCallback(TrainerCallback):
+    """Our side of an experiment tracker."""
+
+    def is_running(self) -> bool:
+        """Whether the process has a run of this tracker."""
+        return False
+
+    def end_run(self, outcome: str) -> None:
+        """End that run. Safe to call when there is none.
+
+        Args:
+            outcome: `finished`, `interrupted` (by a signal) or `failed`.
+        """
+
+
+class SaveConfigCallback(TrackerCallback):
     """Uploads the config from the first process. A subclass says in `upload` where to.
 
     Args:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, load_from_disk
 
 from axolotl.exceptions import OutputError
@@ -122,14 +123,12 @@ def find_damage(folder: Path) -> str | None:
 
 def _digest(file: Path) -> str:
     size = file.stat().st_size
-    digest = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as stream:
         if size <= WHOLE_DIGEST_BYTES:
-            digest.update(stream.read())
-        else:
-            digest.update(stream.read(WHOLE_DIGEST_BYTES // 2))
-            stream.seek(-WHOLE_DIGEST_BYTES // 2, os.SEEK_END)
-            digest.update(stream.read())
+            return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+        digest = xxhash.xxh3_128(stream.read(WHOLE_DIGEST_BYTES // 2))
+        stream.seek(-WHOLE_DIGEST_BYTES // 2, os.SEEK_END)
+        digest.update(stream.read())
     return digest.hexdigest()
 
 

@@ -19,6 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
+import tokenizers
+import transformers
+import xxhash
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
@@ -93,8 +97,12 @@ NOT_IN_ROWS = frozenset(
 """Keys that preparing reads, too, and that do not change the rows: entries are in the key one by one, and the others say how
 and where rows are made."""
 
-LIBRARIES = ("datasets", "transformers", "tokenizers", "jinja2")
-"""Packages that take part in making tokens of rows."""
+LIBRARIES = {
+    **{module.__name__: module.__version__ for module in (datasets, transformers, tokenizers)},
+    "jinja2": importlib.metadata.version("jinja2"),
+}
+"""Versions of the packages that take part in making tokens of rows. Those that tell theirs are asked: reading the metadata of
+transformers takes longer than opening a prepared dataset."""
 
 
 class WatchedConfig(DictDefault):
@@ -164,7 +172,7 @@ def dataset_key(
         [strategy_code_fingerprint(entry.type) for entry in entries],
         [strategy_code_fingerprint(entry.input_transform) for entry in entries],
         [strategy_code_fingerprint(plugin) for plugin in cfg.plugins or []],
-        [importlib.metadata.version(library) for library in LIBRARIES],
+        LIBRARIES,
     ):
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         digest.update(b"\0")
@@ -233,9 +241,9 @@ def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str | None:
 
 
 def file_fingerprint(file: Path) -> str:
-    """Digest of name suffixes, size and content."""
+    """Name suffixes, size and a digest of the content: of 128 bits, and as fast as memory is."""
     with open(file, "rb") as stream:
-        content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        content = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
     return f"{''.join(file.suffixes)}:{file.stat().st_size}:{content}"
 
 

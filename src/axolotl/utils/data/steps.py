@@ -64,7 +64,7 @@ def calculate_total_num_steps(cfg: DictDefault, train_dataset: Dataset, update: 
     """Optimizer steps of the whole run, counted as transformers' `Trainer` counts them.
 
     Steps of an epoch are the micro-batches of one rank over `gradient_accumulation_steps`, rounded up: the last step may
-    have fewer. `max_steps` caps the run.
+    have fewer. With `max_steps` the run has that many: it begins further epochs, or ends within one.
 
     Args:
         cfg: the config.
@@ -77,7 +77,7 @@ def calculate_total_num_steps(cfg: DictDefault, train_dataset: Dataset, update: 
         1, math.ceil(num_batches_per_rank(cfg, train_dataset) / int(cfg.gradient_accumulation_steps or 1))
     )
     total = math.ceil(float(cfg.num_epochs or 1) * steps_per_epoch)
-    return min(total, int(cfg.max_steps)) if cfg.max_steps and cfg.max_steps > 0 else total
+    return int(cfg.max_steps) if cfg.max_steps and cfg.max_steps > 0 else total
 
 
 def _count_tokens(cfg: DictDefault, dataset: Dataset) -> None:

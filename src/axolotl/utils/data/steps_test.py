@@ -26,7 +26,8 @@ def test_a_step_takes_the_same_number_of_rows_or_bins(world_size, micro_batch_si
     items = build_multipack_sampler(ROWS, cfg).plan.num_bins if cfg.sample_packing else len(LENGTHS)
     per_step = micro_batch_size * accumulation * world_size
     assert calculate_total_num_steps(cfg, ROWS, update=False) == 2 * math.ceil(items / per_step)
-    assert calculate_total_num_steps(DictDefault({**cfg, "max_steps": 1}), ROWS, update=False) == 1
+    for steps in (1, 1000):
+        assert calculate_total_num_steps(DictDefault({**cfg, "max_steps": steps}), ROWS, update=False) == steps
     if cfg.sample_packing:
         even = EvenBatches(build_multipack_sampler(ROWS, cfg), world_size)
         assert len(list(even)) == len(even)
