@@ -54,6 +54,8 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "processor_type": (is_set, "Only text models are."),
     "role_boundaries": (is_set, "Only text models are."),
     "freeze_mm_modules": (is_set, "Only text models are."),
+    "fp8_config": (is_set, "The frozen base in fp8 has one scale per row."),
+    "fp8_enable_fsdp_float8_all_gather": (is_set, ""),
     "llama4_linearized_experts": (is_set, ""),
     "use_eaft": (is_set, ""),
     "use_onebitllms": (is_set, ""),

@@ -26,6 +26,7 @@ from axolotl.monkeypatch.attention.documents import mark_used
 from axolotl.monkeypatch.lora_kernels import get_layers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
+from axolotl.utils.schemas.validation.common import LORA_KERNELS
 
 LOG = get_logger(__name__)
 
@@ -180,6 +181,10 @@ def why_not_by_default(cfg: DictDefault, model: nn.Module) -> str | None:
         (config.model_type not in COMPILED_BY_DEFAULT, f"not tested for `{config.model_type}`"),
         (bool(cfg.max_steps) and int(cfg.max_steps or 0) < MIN_STEPS, f"fewer than {MIN_STEPS} steps"),
         (bool(cfg.load_in_8bit), "8-bit layers cannot be traced"),
+        (
+            bool(cfg.load_in_4bit) and (bool(cfg.lora_dropout) or not all(cfg[key] for key in LORA_KERNELS[:3])),
+            "4-bit layers are tested below the LoRA kernels only",
+        ),
         (bool(cfg.adapter) and cfg.adapter not in ("lora", "qlora"), f"not tested with `adapter: {cfg.adapter}`"),
         *(
             (bool(cfg[key]), f"not tested with `{key}`")

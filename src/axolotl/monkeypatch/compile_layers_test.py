@@ -9,7 +9,12 @@ from torch._dynamo.utils import counters
 
 from axolotl.kernels import lora_ops
 from axolotl.monkeypatch.attention.documents import add_document_hook, register_masks
-from axolotl.monkeypatch.compile_layers import COMPILED_BY_DEFAULT, compile_layers, uncompile_layers
+from axolotl.monkeypatch.compile_layers import (
+    COMPILED_BY_DEFAULT,
+    compile_layers,
+    uncompile_layers,
+    why_not_by_default,
+)
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 from tests.tiny import make_tiny_model
@@ -127,3 +132,22 @@ def test_what_cannot_be_compiled_runs_plain_when_nobody_asked(tmp_path):
     compile_layers(model, {"backend": broken})
     with pytest.raises(Exception, match="no compiler here"):
         gradients(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({}, None),
+        ({"max_steps": 5}, "fewer than 20 steps"),
+        ({"load_in_8bit": True}, "cannot be traced"),
+        ({"adapter": "qlora", "load_in_4bit": True, **KERNELS}, None),
+        ({"adapter": "qlora", "load_in_4bit": True, **KERNELS, "lora_dropout": 0.1}, "below the LoRA kernels"),
+        ({"adapter": "llama-adapter"}, "not tested with"),
+        ({"activation_offloading": True}, "not tested with"),
+    ],
+)
+def test_what_is_compiled_when_nothing_is_said(tmp_path, monkeypatch, keys, reason):
+    model = make_tiny_model(tmp_path, "llama")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = why_not_by_default(DictDefault(keys), model)
+    assert found is None if reason is None else reason in found

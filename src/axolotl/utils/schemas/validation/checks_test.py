@@ -111,7 +111,6 @@ REFUSED = [
     (precision.fp8_needs_a_gpu_that_has_it, {"fp8": True, **V100}, "fp8 is not supported on this GPU", {"fp8": False, **V100}),
     (precision.fp8_needs_a_gpu_that_has_it, {"fp8": True}, "not implemented yet but for the frozen base", {"fp8": True, **LORA}),
     (precision.fp8_needs_a_gpu_that_has_it, {"fp8": True, **LORA, "fp16": True}, "into bf16", {"fp8": True, **LORA, "bf16": True}),
-    (precision.fp8_needs_a_gpu_that_has_it, {"fp8": True, **LORA, "fp8_config": {"recipe": "tensorwise"}}, "recipe: tensorwise", {"fp8": True, **LORA, "fp8_config": {"recipe": "rowwise"}}),
     (precision.fp8_options_need_fp8, {"fp8_config": {"recipe": "rowwise"}}, "requires `fp8: true`", {"fp8": True, "fp8_config": {"recipe": "rowwise"}}),
     (precision.fp8_options_need_fp8, {"fp8": True, "fp8_enable_fsdp_float8_all_gather": True, "fp8_config": {"recipe": "rowwise"}, **FSDP2}, "recipe: tensorwise", {"fp8": True, "fp8_enable_fsdp_float8_all_gather": True, **FSDP2}),
     (precision.fp8_options_need_fp8, {"fp8": True, "fp8_enable_fsdp_float8_all_gather": True, **FSDP1}, "requires FSDP2", {"fp8": True}),

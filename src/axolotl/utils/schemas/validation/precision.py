@@ -92,10 +92,6 @@ def fp8_needs_a_gpu_that_has_it(cfg: DictDefault) -> None:
         )
     if cfg.fp8 and (cfg.fp16 or cfg.bf16 is False):
         raise ConfigError("`fp8: true` multiplies into bf16. Write `bf16: auto`.")
-    if cfg.fp8 and (cfg.fp8_config or DictDefault()).recipe == "tensorwise":
-        raise ConfigError(
-            "`fp8_config: {recipe: tensorwise}` is not implemented yet: the frozen base has one scale per row. Remove `fp8_config`."
-        )
 
 
 def fp8_pays_off_when_compiled(cfg: DictDefault) -> None:
