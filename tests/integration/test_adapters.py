@@ -107,7 +107,7 @@ def plain(folder: Path, **keywords):
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # logits of a few units, after several merges
 
 
 # Name -> (base, keys).

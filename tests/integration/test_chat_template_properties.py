@@ -222,10 +222,14 @@ def strategy_of(template: str, tokenizer, cfg: dict | None = None, **dataset) ->
     return load("chat_template", tokenizer, config, DictDefault(chat_template=template, **dataset))
 
 
+HEADERS = frozenset(CONTROL_TOKENS)
+
+
 def expected_labels(format: Format, turns, learnt: list[bool], tokenizer) -> list[bool]:
     """Which tokens of the conversation are learnt, from the format as it is written down here.
 
-    The first end-of-turn token, and the first EOS, among the four tokens after a content belong to it.
+    The first end-of-turn token, and the first EOS, among the four tokens after a content belong to it, unless they stand in or
+    behind the content of the next turn, after the header that opens it.
     """
     text, contents = "", {}
     for piece, index in format.pieces(turns):
@@ -250,7 +254,10 @@ def expected_labels(format: Format, turns, learnt: list[bool], tokenizer) -> lis
         reach = range(after, min(after + 4, len(tokens)))
         ends = [next((place for place in reach if tokens[place] == end), None) for end in (format.eot, "</s>")]
         for place in (*inside, *(place for place in ends if place is not None)):
-            labels[place] = True
+            start = encoded["offset_mapping"][place][0]
+            elsewhere = index + 1 in contents and start >= contents[index + 1][0]
+            header = any(token in HEADERS - {format.eot} for token in tokens[after:place])
+            labels[place] = labels[place] or not (place not in inside and elsewhere and header)
     return labels
 
 
