@@ -90,4 +90,4 @@ class AxolotlTrainingMixins:
 
     def to_dict(self) -> dict[str, Any]:
         """`TrainingArguments.to_dict`, which trackers upload, without secrets such as a login in an address."""
-        return redact_secrets(super().to_dict())  # type: ignore[misc]
+        return redact_secrets(super().to_dict())  # type: ignore[misc] - the class that this is mixed into has it
