@@ -1,6 +1,7 @@
 """Train a Llama on GSM8K through the command line, full and LoRA, then merge and evaluate; record speed, memory and loss.
 
     python benchmarks/gsm8k_llama.py --data gsm8k/train.jsonl --tokenizer phi-3-mini --shape 1b --steps 200
+    python benchmarks/gsm8k_llama.py ... --shape 8b --sequence-len 8192 --micro-batch-size 1 --accumulation 4 --steps 12 --train-only
 
 The weights are random: what is shown is that losses fall, that merging and evaluating work, and how fast it runs. Writes
 `benchmarks/results/<device>-gsm8k-<shape>.json`.
@@ -29,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 HERE = Path(__file__).resolve().parent
 
 SHAPES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "vocab_size": 128256, "tie_word_embeddings": False},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
@@ -38,19 +40,21 @@ RUNS = {
     "full": {"learning_rate": 3e-4},
     "lora": {"learning_rate": 1e-3, **LORA},
     "lora-fp8": {"learning_rate": 1e-3, **LORA, "fp8": True},
+    "lora-checkpointing": {"learning_rate": 1e-4, **LORA, "gradient_checkpointing": True},
+    "lora-offloading": {"learning_rate": 1e-4, **LORA, "gradient_checkpointing": True, "activation_offloading": True},
+    "full-8bit": {"learning_rate": 2e-5, "bf16": "full", "optimizer": "adamw_bnb_8bit", "gradient_checkpointing": True},
 }
 
 
-def make_base(folder: Path, tokenizer_path: str, shape: str) -> LlamaConfig:
+def make_base(folder: Path, tokenizer_path: str, shape: str, length: int) -> LlamaConfig:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    values = {"vocab_size": -(-len(tokenizer) // 64) * 64, "tie_word_embeddings": True, **SHAPES[shape]}
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **SHAPES[shape],
+        **values,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -80,13 +84,13 @@ def make_config(folder: Path, name: str, args: argparse.Namespace) -> Path:
         "flash_attention": True,
         "bf16": "auto",
         "micro_batch_size": args.micro_batch_size,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": args.accumulation,
         "max_steps": args.steps,
         "num_epochs": 100,
         "optimizer": "adamw_torch_fused",
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.05,
-        "logging_steps": 5,
+        "logging_steps": 1 if args.train_only else 5,
         "eval_strategy": "no",
         "save_strategy": "no",
         "seed": 42,
@@ -137,12 +141,14 @@ def history(output_dir: Path) -> list[dict]:
 def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespace, matmul: float | None) -> dict:
     config = str(make_config(folder, name, args))
     seconds = {"train": axolotl("train", config)}
-    if "adapter" in RUNS[name]:
-        seconds["merge"] = axolotl("merge-lora", config)
-    seconds["evaluate"] = axolotl("evaluate", config)
+    summary = None
+    if not args.train_only:
+        if "adapter" in RUNS[name]:
+            seconds["merge"] = axolotl("merge-lora", config)
+        seconds["evaluate"] = axolotl("evaluate", config)
+        with (folder / name / "eval_summary.csv").open() as handle:
+            summary = {row["metric"]: row["validation"] for row in csv.DictReader(handle)}
     logged = history(folder / name)
-    with (folder / name / "eval_summary.csv").open() as handle:
-        summary = {row["metric"]: row["validation"] for row in csv.DictReader(handle)}
     rates = [entry["tokens/per_sec_per_gpu"] for entry in logged[2:] if "tokens/per_sec_per_gpu" in entry]
     result = {
         "steps": args.steps,
@@ -168,6 +174,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sequence-len", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--train-only", action="store_true", help="neither merge nor evaluate; log every step")
     parser.add_argument("--work", type=Path, default=Path("outputs/gsm8k"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=["full", "lora"])
@@ -175,7 +183,7 @@ def main() -> None:
 
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
-    model = make_base(args.work / "base", args.tokenizer, args.shape)
+    model = make_base(args.work / "base", args.tokenizer, args.shape, max(8192, args.sequence_len))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}"
     matmul = matmul_tflops()
     record = {

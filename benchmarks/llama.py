@@ -3,6 +3,7 @@
     python benchmarks/llama.py                                  # LoRA 8B, 4096, with and without checkpointing
     python benchmarks/llama.py --adapter qlora
     python benchmarks/llama.py --shape 1b --variants plain kernels
+    python benchmarks/llama.py --shape 1b --adapter full --micro-batch-size 4 --accumulation 2
 
 Random weights of the real shapes are made on the GPU, full-length random tokens, micro-batch 2, accumulation 4, rank 16, alpha
 32, all linear layers, bf16 autocast over fp32 adapters, fused AdamW. Each variant starts from the same adapter and reads the
@@ -36,8 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from axolotl.kernels.cross_entropy import linear_cross_entropy
+from axolotl.kernels.fp8_linear import RECIPES, Fp8TrainingLinear
 from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
 from axolotl.monkeypatch.fp8_base import apply_fp8_base
+from axolotl.monkeypatch.fp8_linear import apply_fp8_training
+from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies, remove_activation_policies
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, remove_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
@@ -50,7 +54,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 500000.0},
 }  # fmt: skip
-VARIANTS = ("plain", "kernels", "compile", "kernels+compile", "kernels+compile+fp8")
+# In fp8 an adapter's base is frozen; all weights (`--adapter full`) train by one of the recipes, tensorwise if none is named.
+FULL_FP8 = {f"compile+fp8{'' if recipe == 'tensorwise' else '-' + recipe}": recipe for recipe in RECIPES}
+VARIANTS = {
+    "lora": ("plain", "kernels", "compile", "kernels+compile", "kernels+compile+fp8"),
+    "qlora": ("plain", "kernels", "compile", "kernels+compile"),
+    "full": ("plain", "compile", *FULL_FP8),
+}
 KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
 DATASHEET_TFLOPS = 989.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,8 +180,12 @@ def run_variant(
         cfg = DictDefault(KERNELS)
         apply_lora_kernel_patches(model, cfg)
         assert cfg.resolution is None, cfg.resolution
-    if "fp8" in variant:
+    if variant in FULL_FP8:
+        apply_fp8_training(model, DictDefault(fp8_config={"recipe": FULL_FP8[variant]}))
+    elif "fp8" in variant:
         apply_fp8_base(model, DictDefault())  # for good: the last variant
+    if checkpointing and args.offload:
+        apply_activation_policies(model, offloading=True)
     if "compile" in variant:
         torch._dynamo.reset()
         compile_layers(model)
@@ -212,8 +226,12 @@ def run_variant(
         profile(model, ids[0], args)
     uncompile_layers(model)
     remove_lora_kernel_patches(model)
+    for module in model.modules():
+        if isinstance(module, Fp8TrainingLinear):
+            module.__class__ = nn.Linear
     if checkpointing:
         base.gradient_checkpointing_disable()
+        remove_activation_policies(base)
     step = statistics.median(seconds[args.warmup :])
     tokens = args.accumulation * args.micro_batch_size * args.sequence_len
     return gradients, {
@@ -232,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--adapter", choices=("lora", "qlora", "full"), default="lora")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", help="default: all of the adapter")
     parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--sequence-len", type=int, default=4096)
@@ -241,13 +259,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--recompute", action="store_true", help="compiled layers recompute inputs of matmuls in backward"
-    )
+    parser.add_argument("--offload", action="store_true", help="inputs of checkpointed layers wait in host memory")
     parser.add_argument("--profile", action="store_true", help="print the GPU time of one micro-batch by kernel")
     parser.add_argument("--cudnn", action="store_true", help="sdpa prefers cuDNN's attention")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.variants = args.variants or list(VARIANTS[args.adapter])
+    if wrong := set(args.variants) - set(VARIANTS[args.adapter]):
+        parser.error(
+            f"--adapter {args.adapter} has no {', '.join(wrong)}; choose from {', '.join(VARIANTS[args.adapter])}"
+        )
 
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     model = build_model(args.shape, args.adapter, args.attention)

@@ -11,6 +11,7 @@ from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
 from axolotl.monkeypatch.attention import varlen
 from axolotl.monkeypatch.attention.documents import add_document_hook
 from axolotl.monkeypatch.compile_layers import COMPILED_BY_DEFAULT, compile_layers
+from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 from tests.tiny import make_tiny_model
@@ -65,6 +66,32 @@ def test_packed_rows(model_type, kernels, tmp_path):
         far = sum((grads[name] - grad).float().square().sum() for name, grad in wanted_grads.items())
         whole = sum(grad.float().square().sum() for grad in wanted_grads.values())
         assert (far / whole).sqrt() < 0.05
+
+
+@pytest.mark.parametrize("offloading", [None, True, "hidden_states"])
+def test_checkpointed_layers(offloading, tmp_path):
+    torch._dynamo.reset()
+    model = make_tiny_model(tmp_path, "llama", hidden_size=128, head_dim=32, intermediate_size=256).cuda().bfloat16()
+    model.config.use_cache = False
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).train()
+    model.enable_input_require_grads()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(3, 384, (2, 256), generator=torch.Generator().manual_seed(0)).cuda()
+    batch = {"input_ids": ids, "labels": ids}
+    wanted, wanted_grads = gradients(model, batch)
+    apply_lora_kernel_patches(model, DictDefault(KERNELS))
+    if offloading:
+        apply_activation_policies(model, offloading=offloading)
+    compile_layers(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for _ in range(3):
+        loss, grads = gradients(model, batch)
+        assert loss == pytest.approx(wanted, rel=2e-2)
+        far = sum((grads[name] - grad).float().square().sum() for name, grad in wanted_grads.items())
+        assert (far / sum(grad.float().square().sum() for grad in wanted_grads.values())).sqrt() < 0.05
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])

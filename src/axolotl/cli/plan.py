@@ -28,13 +28,28 @@ def do_cli(
         kwargs: `axolotl` config values.
     """
     memory_gib = parse_memory(memory) if memory else None
-    cfg = inspect_cfg(config, **kwargs)
+    cfg = inspect_cfg(config, machine=planned_machine(gpu), **kwargs)
     from axolotl.plan import make_plan, print_plan
 
     plan = make_plan(cfg, memory_gib=memory_gib, gpu=gpu)
     print_plan(plan)
     if plan.fits is False:
         raise click.exceptions.Exit(1)
+
+
+def planned_machine(gpu: str | None) -> dict[str, Any] | None:
+    """What the machine can do that the plan is for: one with the GPU that is named, else this one if it has a GPU.
+
+    Returns:
+        As `machine_capabilities`; None for this machine.
+    """
+    from axolotl.utils.environment import machine_capabilities
+    from axolotl.utils.gpus import ASSUMED_GPU, capabilities_of
+
+    here = machine_capabilities()
+    if gpu is None and here["compute_capability"]:
+        return None
+    return {**capabilities_of(gpu or ASSUMED_GPU), **{key: here[key] or 1 for key in ("n_gpu", "n_node")}}
 
 
 def parse_memory(text: str) -> float:

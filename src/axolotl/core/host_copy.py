@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import peft.peft_model
-import psutil
 import safetensors.torch
 import torch
 import transformers.modeling_utils
@@ -27,6 +27,7 @@ from axolotl.core.safetensors_file import write_safetensors
 
 BLOCK_BYTES = 2**30  # a power of two: torch rounds pinned memory up to one
 ALIGNMENT = 64
+PAGE_BYTES = 4096
 SMALL_BYTES = 2**20  # a file with less is written at once
 MEMORY_SHARE = 0.5  # of the free host memory, what a copy may take
 
@@ -76,13 +77,29 @@ class HostMemory:
             self._current, self._used = self._current + 1, 0
         else:
             size = max(BLOCK_BYTES, 1 << (num_bytes - 1).bit_length())
-            self._blocks.append(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+            self._blocks.append(_pinned_block(size) if pinned else torch.empty(size, dtype=torch.uint8))
         start = self._used
         self._used = -(-(start + num_bytes) // ALIGNMENT) * ALIGNMENT
         # A slice would share the storage of its block, and torch.save writes whole storages.
         return torch.frombuffer(
             memoryview(self._blocks[self._current].numpy())[start : start + num_bytes], dtype=torch.uint8
         )
+
+
+def _pinned_block(num_bytes: int) -> torch.Tensor:
+    """Page-locked memory that is given back with the tensor.
+
+    The pages are taken by writing to them, and locked afterwards. To allocate them locked, as PyTorch does, takes three times
+    as long, and no kernel starts meanwhile (12 GiB on an H200's host: 1.7 s beside the training, 4.9 s instead of it).
+    """
+    block = torch.empty(num_bytes, dtype=torch.uint8)
+    block[::PAGE_BYTES] = 0
+    runtime: Any = torch.cuda.cudart()
+    result = runtime.cudaHostRegister(block.data_ptr(), num_bytes, 0)
+    if int(result) != 0:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    weakref.finalize(block, runtime.cudaHostUnregister, block.data_ptr()).atexit = False  # the driver is gone by then
+    return block
 
 
 @dataclass
@@ -235,26 +252,3 @@ def _can_be_copied(tensors: Mapping[str, torch.Tensor]) -> bool:
         tensor.is_contiguous() and tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
         for tensor in tensors.values()
     )
-
-
-def free_host_memory() -> int:
-    """Bytes that this process can still take, within the limit of its container."""
-    free = psutil.virtual_memory().available
-    limits = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-            "total_inactive_file",
-        ),
-    )
-    for limit_file, used_file, stat_file, cached_name in limits:
-        try:
-            limit, used = Path(limit_file).read_text().strip(), int(Path(used_file).read_text())
-            stat = dict(line.split() for line in Path(stat_file).read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit():
-            free = min(free, int(limit) - used + int(stat.get(cached_name, 0)))
-    return max(free, 0)

@@ -9,7 +9,7 @@ import torch
 import transformers.modeling_utils
 
 from axolotl.core import host_copy
-from axolotl.core.host_copy import CapturedFile, HostMemory, captured_files, count_bytes, free_host_memory
+from axolotl.core.host_copy import CapturedFile, HostMemory, captured_files, count_bytes
 
 
 def write_all(files: list[CapturedFile]) -> None:
@@ -72,7 +72,3 @@ def test_memory_is_used_again():
 def test_shared_memory_counts_once():
     weight = torch.zeros(100)
     assert count_bytes({"a": weight, "b": [weight, weight[:3]], "c": 1}) == 400
-
-
-def test_free_memory_is_a_size_of_this_machine():
-    assert 0 < free_host_memory() < 2**50

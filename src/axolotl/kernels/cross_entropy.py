@@ -6,10 +6,16 @@ chunk is taken while its logits are at hand, so that no more than `chunk_element
 linear cross-entropy of Liger-Kernel (https://arxiv.org/abs/2410.10989). The matmuls are PyTorch's; on CUDA one Triton kernel
 reads the logits of a row twice and writes their gradient over them, elsewhere PyTorch does it in fp32.
 
+What a row's loss is, with logits z, their log-sum-exp and the label y (`TokenLoss` names the rest):
+    w * p_y^[token_scaling] * (lse - (1 - label_smoothing) * z_y - label_smoothing * mean(z) + z_loss * lse^2)
+
 Shape legend: B batch, T time, N rows (B*T), S supervised rows, C rows of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +29,52 @@ CHUNK_ELEMENTS = 2**26
 _ROW_MULTIPLE = 128
 """A matmul works on blocks of so many rows; chunks of fewer leave part of a GPU idle."""
 _BLOCK_V = 4096
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """How raw logits become the loss of a token.
+
+    Attributes:
+        softcap: `softcap * tanh(z / softcap)` bounds the logits, or None. After `logit_scale`.
+        logit_scale: factor of the logits.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        z_loss: weight of the squared log-sum-exp (PaLM, https://arxiv.org/abs/2204.02311, section 5).
+        token_scaling: weigh each token by the probability that the model gives it, taken as a constant (dynamic fine-tuning,
+            https://arxiv.org/abs/2508.05629).
+        entropy_top_k: weigh each token by `entropy_weights` over so many tokens, taken as a constant; 0 for w = 1.
+        entropy_alpha: exponent of that weight.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    token_scaling: bool = False
+    entropy_top_k: int = 0
+    entropy_alpha: float = 1.0
+
+
+def entropy_weights(logits_CV: torch.Tensor, kind: TokenLoss) -> torch.Tensor:
+    """How undecided the model is at each token: the entropy of its `entropy_top_k` most probable tokens over its maximum.
+
+    Entropy-adaptive fine-tuning (https://arxiv.org/abs/2601.02151): tokens of which the model is sure, right or wrong, weigh
+    little, so that what it knows is not overwritten.
+
+    Args:
+        logits_CV: raw logits; scale and softcap keep their order.
+        kind: `entropy_top_k`, `entropy_alpha`, and what the model does to its logits.
+
+    Returns:
+        (C, 1) fp32 between 0 and 1, to the power `entropy_alpha`. Without a gradient.
+    """
+    number = min(kind.entropy_top_k, logits_CV.shape[1])
+    top_CK = logits_CV.detach().topk(number, dim=-1).values.float() * kind.logit_scale
+    if kind.softcap is not None:
+        top_CK = torch.tanh(top_CK / kind.softcap) * kind.softcap
+    log_p_CK = top_CK.log_softmax(dim=-1)
+    entropy_C1 = -(log_p_CK.exp() * log_p_CK).sum(dim=-1, keepdim=True)
+    return (entropy_C1 / math.log(number)).clamp(0.0, 1.0).pow(kind.entropy_alpha)
 
 
 @jit
@@ -40,8 +92,8 @@ def _capped(z, scale, softcap, CAPPED: tl.constexpr):
 
 @jit
 def _cross_entropy_kernel(
-    logits_ptr, label_ptr, loss_ptr, num_columns, scale, softcap,
-    CAPPED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, label_ptr, loss_ptr, num_columns, scale, softcap, smoothing, z_loss,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row per program: its loss, then the gradient of its logits over them."""
     row = tl.program_id(0).to(tl.int64)
@@ -50,10 +102,13 @@ def _cross_entropy_kernel(
     # Every lane keeps the maximum and the sum of the columns that it has seen; they meet at the end.
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    plain_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
         at = start + columns
         inside = at < num_columns
         z, _ = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
+        if SMOOTHED:
+            plain_sum += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(top, z)
         known = higher > -float("inf")
@@ -63,7 +118,13 @@ def _cross_entropy_kernel(
     lse = highest + tl.log(tl.sum(tl.where(top > -float("inf"), total * tl.exp(top - highest), 0.0), axis=0))
     label = tl.load(label_ptr + row)
     target, _ = _capped(tl.load(row_ptr + label), scale, softcap, CAPPED)
-    tl.store(loss_ptr + row, lse - target)
+    loss = lse - target + z_loss * lse * lse
+    if SMOOTHED:
+        loss += smoothing * (target - tl.sum(plain_sum, axis=0) / num_columns)
+    weight = lse * 0.0 + 1.0
+    if SCALED:
+        weight = tl.exp(target - lse)
+    tl.store(loss_ptr + row, loss * weight)
     if WRITE_GRADIENT:
         # The label's logit is read above by every lane before any lane writes below.
         tl.debug_barrier()
@@ -71,40 +132,68 @@ def _cross_entropy_kernel(
             at = start + columns
             inside = at < num_columns
             z, slope = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
-            grad = (tl.exp(z - lse) - tl.where(at == label, 1.0, 0.0)) * slope
+            grad = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse)
+            if SMOOTHED:
+                grad -= smoothing / num_columns + tl.where(at == label, 1.0 - smoothing, 0.0)
+            else:
+                grad -= tl.where(at == label, 1.0, 0.0)
+            grad = grad * slope * weight
             tl.store(row_ptr + at, grad.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 def _loss_and_gradient(
-    logits_CV: torch.Tensor, label_C: torch.Tensor, softcap: float | None, scale: float, need_gradient: bool
+    logits_CV: torch.Tensor, label_C: torch.Tensor, kind: TokenLoss, need_gradient: bool
 ) -> torch.Tensor:
     """The sum of the losses of some rows of raw logits, fp32. The gradient of the logits is written over them."""
+    softcap, smoothing, num_columns = kind.softcap, kind.label_smoothing, logits_CV.shape[1]
+    entropy_C1 = entropy_weights(logits_CV, kind) if kind.entropy_top_k else None
     if runs_triton(logits_CV) and logits_CV.dtype != torch.float64:
         loss_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
         with torch.cuda.device(logits_CV.device):
             _cross_entropy_kernel[(logits_CV.shape[0],)](
-                logits_CV, label_C, loss_C, logits_CV.shape[1], scale, 1.0 if softcap is None else softcap,
-                CAPPED=softcap is not None, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
+                logits_CV, label_C, loss_C, num_columns, kind.logit_scale, 1.0 if softcap is None else softcap,
+                smoothing, kind.z_loss, CAPPED=softcap is not None, SMOOTHED=smoothing > 0.0,
+                SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
             )  # fmt: skip
-        return loss_C.sum()
+        if entropy_C1 is None:
+            return loss_C.sum()
+        if need_gradient:
+            logits_CV.mul_(entropy_C1)
+        return (loss_C * entropy_C1[:, 0]).sum()
     z_CV = logits_CV.float()
-    if scale != 1.0:
-        z_CV = z_CV * scale
+    if kind.logit_scale != 1.0:
+        z_CV = z_CV * kind.logit_scale
     tanh_CV = None
     if softcap is not None:
         tanh_CV = torch.tanh(z_CV / softcap)
         z_CV = tanh_CV * softcap
     lse_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
     label_C1 = label_C[:, None]
-    loss = (lse_C1 - z_CV.gather(1, label_C1)).sum()
+    target_C1 = z_CV.gather(1, label_C1)
+    loss_C1 = lse_C1 - target_C1
+    if smoothing:
+        loss_C1 = loss_C1 + smoothing * (target_C1 - z_CV.mean(-1, keepdim=True))
+    if kind.z_loss:
+        loss_C1 = loss_C1 + kind.z_loss * lse_C1.square()
+    weight_C1 = (target_C1 - lse_C1).exp() if kind.token_scaling else None
+    if entropy_C1 is not None:
+        weight_C1 = entropy_C1 if weight_C1 is None else weight_C1 * entropy_C1
+    if weight_C1 is not None:
+        loss_C1 = loss_C1 * weight_C1
     if need_gradient:
-        # d loss / d logits = softmax - onehot.
+        # d loss / d logits = softmax - onehot, and what smoothing, the z-loss and the weight make of it.
         grad_CV = (z_CV - lse_C1).exp_()
-        grad_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1.0, dtype=torch.float32))
+        if kind.z_loss:
+            grad_CV.mul_(1 + 2 * kind.z_loss * lse_C1)
+        if smoothing:
+            grad_CV.sub_(smoothing / num_columns)
+        grad_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, smoothing - 1.0, dtype=torch.float32))
         if tanh_CV is not None:
             grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
-        logits_CV.copy_(grad_CV.mul_(scale) if scale != 1.0 else grad_CV)
-    return loss
+        if weight_C1 is not None:
+            grad_CV.mul_(weight_C1)
+        logits_CV.copy_(grad_CV.mul_(kind.logit_scale) if kind.logit_scale != 1.0 else grad_CV)
+    return loss_C1.sum()
 
 
 def linear_cross_entropy(
@@ -116,9 +205,14 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_scaling: bool = False,
+    entropy_top_k: int = 0,
+    entropy_alpha: float = 1.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """Sum over rows of `-log softmax(f(hidden @ weight.T + bias))[label]`.
+    """Sum over rows of `-log softmax(f(hidden @ weight.T + bias))[label]`, or of what else `TokenLoss` says.
 
     `f` multiplies by `logit_scale`, then applies `softcap * tanh(x / softcap)` when a softcap is given. Matmuls run in
     the dtype of the hidden states (or of autocast), the softmax in fp32.
@@ -129,8 +223,13 @@ def linear_cross_entropy(
         labels_N: (...) int64, the shape of `hidden_NH` without its last axis. Already shifted.
         bias_V: (V,) or None.
         ignore_index: label of rows that do not count.
-        softcap: cap of the logits, or None.
+        softcap: see `TokenLoss`, as the next six.
         logit_scale: factor of the logits.
+        label_smoothing: share of the target that is spread over the vocabulary.
+        z_loss: weight of the squared log-sum-exp.
+        token_scaling: weigh each token by its probability.
+        entropy_top_k: weigh each token by the entropy of so many tokens.
+        entropy_alpha: exponent of that weight.
         chunk_elements: at most this many logits exist at once (always at least one row).
 
     Returns:
@@ -149,14 +248,23 @@ def linear_cross_entropy(
         # Logits of half precision, with no fp32 copy, leave room for twice as many.
         rows = rows * 2 if dtype in (torch.float16, torch.bfloat16) else rows
         rows = max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
-    return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, softcap, logit_scale, rows, dtype)
+    kind = TokenLoss(softcap, logit_scale, label_smoothing, z_loss, token_scaling, entropy_top_k, entropy_alpha)
+    return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a b`, where `total` is fp32; on CUDA without a pass over a product in half precision."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += (a @ b).float()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward takes the gradients too: the upstream gradient is a scalar that backward multiplies in."""
 
     @staticmethod
-    def forward(ctx, hidden_SH, weight_VH, bias_V, labels_S, softcap, logit_scale, rows, dtype):
+    def forward(ctx, hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype):
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias_V is not None and ctx.needs_input_grad[2]
         weight = weight_VH.detach().to(dtype)
@@ -172,7 +280,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x_CH = hidden_SH[part].detach().to(dtype)
                 logits_CV = F.linear(x_CH, weight, bias)
                 needed = need_hidden or need_weight or need_bias
-                total += _loss_and_gradient(logits_CV, labels_S[part], softcap, logit_scale, needed)
+                total += _loss_and_gradient(logits_CV, labels_S[part], kind, needed)
                 if not needed:
                     continue
                 grad_CV = logits_CV  # written over
@@ -181,7 +289,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += (grad_CV.T @ x_CH).float()
+                    _add_product(grad_weight, grad_CV.T, x_CH)
         ctx.grads = (
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight_VH.dtype),
@@ -194,4 +302,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         scaled = tuple(None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.grads)
         del ctx.grads
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None

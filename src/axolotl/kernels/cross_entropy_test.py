@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,32 @@ import torch.nn.functional as F
 from axolotl.kernels.cross_entropy import linear_cross_entropy
 
 
-def reference(hidden, weight, labels, bias=None, softcap=None, logit_scale=1.0):
+def reference(
+    hidden,
+    weight,
+    labels,
+    bias=None,
+    softcap=None,
+    logit_scale=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    token_scaling=False,
+    entropy_top_k=0,
+    entropy_alpha=1.0,
+):
     logits = F.linear(hidden, weight, bias).float() * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    losses = losses + z_loss * logits.logsumexp(-1).square() * (labels != -100)
+    if token_scaling:
+        losses = losses * torch.exp(-F.cross_entropy(logits, labels, reduction="none")).detach()
+    if entropy_top_k:
+        top = logits.detach().softmax(-1).topk(min(entropy_top_k, logits.shape[-1]), dim=-1).values
+        entropy = torch.distributions.Categorical(probs=top).entropy() / math.log(top.shape[-1])
+        losses = losses * entropy**entropy_alpha
+    return losses.sum()
 
 
 def make(seed=0, batch=3, time=7, hidden=16, vocab=50, masked=0.4, dtype=torch.float32):
@@ -50,6 +73,32 @@ def test_value_and_gradients_equal_the_plain_loss(softcap, logit_scale, with_bia
             loss = reference(leaves[0], leaves[1], y, bias, softcap, logit_scale)
         (loss / 7).backward()
         grads.append((loss.detach(), *(leaf.grad for leaf in leaves[: 3 if with_bias else 2])))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2},
+        {"token_scaling": True},
+        {"entropy_top_k": 5, "entropy_alpha": 2.0},
+        {"entropy_top_k": 99, "entropy_alpha": 0.5, "token_scaling": True},
+        {"entropy_top_k": 5, "entropy_alpha": 0.0},
+        {"label_smoothing": 0.3, "z_loss": 1e-2, "token_scaling": True},
+    ],
+)
+def test_smoothed_regularised_and_weighted_losses(kind, softcap):
+    x, w, b, y = make()
+    grads = []
+    for function in (linear_cross_entropy, reference):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        bias = {"bias_V" if function is linear_cross_entropy else "bias": leaves[2]}
+        loss = function(leaves[0], leaves[1], y, softcap=softcap, logit_scale=0.5, **bias, **kind)
+        loss.backward()
+        grads.append((loss.detach(), *(leaf.grad for leaf in leaves)))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -6,6 +6,8 @@ A weight is kept twice, as (O, H) and as (H, O), because the matrix units read b
 bytes for each weight, as in bf16. Activations and gradients are scaled by the largest value of each token, so that one
 token with outliers does not cost the others their digits (section 3 of https://arxiv.org/abs/2209.05433 for the format).
 
+Weights that train multiply in fp8 too: `axolotl.kernels.fp8_linear`.
+
 Shape legend: N tokens, H features in, O features out.
 """
 
@@ -21,7 +23,8 @@ from axolotl.kernels.utils import jit, runs_triton, tl
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-_SMALLEST = 1e-12
+SMALLEST = 1e-12
+"""Values are scaled as if the largest were at least this, so that zeros have a scale."""
 MULTIPLE = 16
 """Both sizes of a weight must be multiples of it."""
 
@@ -55,7 +58,8 @@ def _quantize_kernel(x_ptr, out_ptr, scale_ptr, num_columns, stride, BLOCK: tl.c
     for start in range(0, num_columns, BLOCK):
         at = start + columns
         x = tl.load(x_ptr + row * stride + at, mask=at < num_columns, other=0.0).to(tl.float32) / scale
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        inside = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        x = tl.where(x == x, inside, x)  # NaN, which minimum and maximum make a number of
         tl.store(out_ptr + row * num_columns + at, x.to(tl.float8e4nv), mask=at < num_columns)
 
 
@@ -75,28 +79,41 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 _quantize_kernel[(x.shape[0],)](x, out, scale, x.shape[1], x.stride(0), BLOCK=2048, num_warps=4)
         return out, scale
     wide = x.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) / LARGEST
+    scale = wide.abs().amax(1, keepdim=True).clamp_min(SMALLEST) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def matmul_fp8(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    fast_accumulation: bool = True,
 ) -> torch.Tensor:
     """`(x x_scale) (weight weight_scale)^T`.
 
     Args:
-        x: (N, K) e4m3; x_scale: (N, 1) fp32.
-        weight: (M, K) e4m3; weight_scale: (1, M) fp32.
-        dtype: of the result; bf16 on CUDA.
+        x: (N, K) e4m3 or e5m2, row-major; x_scale: (N, 1) fp32, or () for both factors.
+        weight: (M, K) e4m3, row-major; weight_scale: (1, M) fp32, or ().
+        dtype: of the result.
+        fast_accumulation: the matrix units add up with about 14 bits behind the point; else partial sums go to fp32.
 
     Returns:
-        (N, M).
+        (N, M). On CUDA the hardware must have fp8; on a CPU the values are the same, the speed is not.
     """
     if x.is_cuda:
-        return torch._scaled_mm(
-            x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=dtype, use_fast_accum=True
+        # With a scale per row, cuBLAS writes bf16 only.
+        made = dtype if weight_scale.numel() == 1 else torch.bfloat16
+        product = torch._scaled_mm(
+            x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=made, use_fast_accum=fast_accumulation
         )
-    return ((x.float() * x_scale) @ (weight.float() * weight_scale.t()).t()).to(dtype)
+    else:
+        product = (x.float() @ weight.float().t()) * x_scale * weight_scale
+    # Not `to(dtype)` alone: where that does nothing and is what a traced `autograd.Function` returns, PyTorch 2.11 gives zero
+    # gradients.
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ def test_operators_compute_with_weights_in_fp8(need_x):
     )
     dense = [linear.weight.detach().clone() for linear in (q, k, gate, up, down)]
     bias = q.bias.detach().clone()
-    projections = [read(linear) for linear in (*to_fp8([q]), *to_fp8([k]), *to_fp8([gate, up]), *to_fp8([down]))]
+    projections = [read(linear) for linear in (*to_fp8([q, k]), *to_fp8([gate, up]), *to_fp8([down]))]
     x = torch.randn(3, 7, 64, requires_grad=need_x)
 
     def plain(x, index):

@@ -12,6 +12,7 @@ import math
 from typing import Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from axolotl.kernels.utils import BLOCK, jit, num_programs, runs_triton, tl
 
@@ -51,16 +52,20 @@ def _forward_kernel(gate_ptr, up_ptr, h_ptr, n, ACT: tl.constexpr, BLOCK: tl.con
 
 
 @jit
-def _backward_kernel(grad_ptr, gate_ptr, up_ptr, n, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    grad_ptr, gate_ptr, up_ptr, h_out, gate_out, up_out, n, ACT: tl.constexpr, WRITE_H: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The outputs may lie in the memory of the inputs."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
     grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     act, slope = _act_and_slope(gate, ACT)
-    tl.store(grad_ptr + offsets, (act * up).to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(gate_ptr + offsets, (grad * up * slope).to(gate_ptr.dtype.element_ty), mask=inside)
-    tl.store(up_ptr + offsets, (grad * act).to(up_ptr.dtype.element_ty), mask=inside)
+    if WRITE_H:
+        tl.store(h_out + offsets, (act * up).to(h_out.dtype.element_ty), mask=inside)
+    tl.store(gate_out + offsets, (grad * up * slope).to(gate_out.dtype.element_ty), mask=inside)
+    tl.store(up_out + offsets, (grad * act).to(up_out.dtype.element_ty), mask=inside)
 
 
 def _act_and_slope_torch(g: torch.Tensor, act: Activation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +96,9 @@ def gated_forward(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torc
         A new tensor of the shape and dtype of `gate`.
     """
     if not runs_triton(gate, up) or gate.dtype == torch.float64:
-        return (_act_and_slope_torch(_wide(gate), act)[0] * _wide(up)).to(gate.dtype)
+        h = _act_and_slope_torch(_wide(gate), act)[0] * _wide(up)
+        # PyTorch 2.11 gives zero gradients where a traced `autograd.Function` returns a `to` that does nothing.
+        return h if h.dtype == gate.dtype else h.to(gate.dtype)
     h = torch.empty_like(gate)
     if gate.numel():
         with torch.cuda.device(gate.device):
@@ -116,7 +123,9 @@ def gated_backward(
     if runs_triton(grad_output, gate, up) and gate.dtype != torch.float64:
         if gate.numel():
             with torch.cuda.device(gate.device):
-                _backward_kernel[num_programs(gate.numel())](grad_output, gate, up, gate.numel(), ACT=act, BLOCK=BLOCK)
+                _backward_kernel[num_programs(gate.numel())](
+                    grad_output, gate, up, grad_output, gate, up, gate.numel(), ACT=act, WRITE_H=True, BLOCK=BLOCK
+                )
         # PyTorch does not see what Triton writes; without this a second backward would read the gradients as inputs.
         for tensor in (grad_output, gate, up):
             torch.autograd.graph.increment_version(tensor)
@@ -125,3 +134,42 @@ def gated_backward(
     value, slope = _act_and_slope_torch(_wide(gate), act)
     h, grad_gate, grad_up = value * wide_up, grad * wide_up * slope, grad * value
     return grad_output.copy_(h), gate.copy_(grad_gate), up.copy_(grad_up)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+    """`gated_forward` for autograd: of all that it computes, backward gets `gate` and `up` alone.
+
+    Args:
+        gate: any shape, floating point.
+        up: same shape.
+        act: the activation.
+    """
+    return _Gated.apply(gate, up, act)
+
+
+class _Gated(torch.autograd.Function):
+    """Backward writes new tensors, so that it may run twice and nobody else's gradient changes."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return gated_forward(gate, up, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        gate, up = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        if not runs_triton(grad_output, gate, up) or gate.dtype == torch.float64:
+            _, grad_gate, grad_up = gated_backward(grad_output.clone(), gate.clone(), up.clone(), ctx.act)
+            return grad_gate, grad_up, None
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        if gate.numel():
+            with torch.cuda.device(gate.device):
+                _backward_kernel[num_programs(gate.numel())](
+                    grad_output, gate, up, grad_output, grad_gate, grad_up, gate.numel(),
+                    ACT=ctx.act, WRITE_H=False, BLOCK=BLOCK,
+                )  # fmt: skip
+        return grad_gate, grad_up, None

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_backward, geglu_tanh_forward
+from axolotl.kernels.glu import gated
 from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
 
 KINDS = {
@@ -36,6 +37,37 @@ def test_values_and_gradients(kind, shape):
     torch.testing.assert_close(h, wanted.detach())
     torch.testing.assert_close(grad_gate, gate.grad)
     torch.testing.assert_close(grad_up, up.grad)
+
+
+@pytest.mark.parametrize(("act", "plain"), [("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", KINDS["geglu_tanh"][2])])
+@pytest.mark.parametrize("joined", [False, True])
+def test_with_autograd(act, plain, joined):
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(3, 5, 16, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (lambda gate, up: gated(gate, up, act), lambda gate, up: plain(gate) * up):
+        leaf = both.clone().requires_grad_()
+        # Halves of one tensor are not contiguous.
+        gate, up = leaf.chunk(2, dim=-1) if joined else (leaf * 2, leaf + 1)
+        h = function(gate, up)
+        (grad,) = torch.autograd.grad(h.square().sum(), leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(h.square().sum(), leaf)
+        assert torch.equal(grad, again)
+        results.append((h.detach(), grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_gradients_are_those_of_eager(dtype):
+    grad, *inputs = (tensor.requires_grad_() for tensor in make((4, 16), dtype))
+    compiled = torch.compile(lambda gate, up: gated(gate, up, "silu"), backend="aot_eager", fullgraph=True)
+    for ours, wanted in zip(
+        torch.autograd.grad(compiled(*inputs), inputs, grad),
+        torch.autograd.grad(gated(*inputs, "silu"), inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)

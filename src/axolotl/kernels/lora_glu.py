@@ -19,48 +19,44 @@ from axolotl.kernels.utils import jit, runs_triton, tl
 MAX_RANK = 128
 """Above, a tile of B does not fit beside the tiles of the activations, and plain matmuls do the work."""
 
-# Rows and columns of a tile, and warps: the fastest on an H200 at rank 16. Larger tiles run out of registers in backward.
-_FORWARD_TILE = (32, 64, 2)
-_BACKWARD_TILE = (16, 128, 4)
+# Rows and columns of a tile, tiles that a program does one below the other, and warps: the fastest on an H200 at rank 16.
+# Larger tiles run out of registers in backward; several tiles read their part of the B matrices once.
+_FORWARD_TILE = (16, 128, 8, 2)
+_BACKWARD_TILE = (16, 128, 8, 4)
+_STAGES = 2
 
 
 @jit
-def _low_rank(
-    low_ptr, b_ptr, rows, columns, num_rows, num_columns, low_stride, RANK: tl.constexpr, PADDED: tl.constexpr
-):
-    """`low b^T` of one tile: low (N, RANK) with row stride `low_stride`, b (I, RANK) contiguous. fp32."""
-    at = tl.arange(0, PADDED)
-    low = tl.load(
-        low_ptr + rows[:, None] * low_stride + at[None, :],
-        mask=(rows[:, None] < num_rows) & (at[None, :] < RANK), other=0.0,
-    )  # fmt: skip
-    b = tl.load(
-        b_ptr + columns[None, :] * RANK + at[:, None],
-        mask=(columns[None, :] < num_columns) & (at[:, None] < RANK), other=0.0,
-    )  # fmt: skip
-    return tl.dot(low, b)
+def _load_factor(ptr, at, num, stride, RANK: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `at` of a low-rank factor (num, RANK) with row stride `stride`, filled up with zeros: (len(at), PADDED)."""
+    rank = tl.arange(0, PADDED)
+    return tl.load(
+        ptr + at[:, None] * stride + rank[None, :], mask=(at[:, None] < num) & (rank[None, :] < RANK), other=0.0
+    )
 
 
 @jit
 def _forward_kernel(
     gu_ptr, h_ptr, low_ptr, b_gate_ptr, b_up_ptr, num_rows, num_columns, low_stride,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    at = rows[:, None] * (2 * num_columns) + columns[None, :]
-    gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
-    if RANK_GATE > 0:
-        gate += _low_rank(low_ptr, b_gate_ptr, rows, columns, num_rows, num_columns, low_stride, RANK_GATE, PADDED_GATE)
-    if RANK_UP > 0:
-        up += _low_rank(
-            low_ptr + RANK_GATE, b_up_ptr, rows, columns, num_rows, num_columns, low_stride, RANK_UP, PADDED_UP
-        )
-    act, _ = _act_and_slope(gate, ACT)
-    tl.store(h_ptr + rows[:, None] * num_columns + columns[None, :], (act * up).to(h_ptr.dtype.element_ty), mask=inside)
+    b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
+    b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
+    for tile in range(TILES):
+        rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+        at = rows[:, None] * (2 * num_columns) + columns[None, :]
+        gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
+        if RANK_GATE > 0:
+            gate += tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate)
+        if RANK_UP > 0:
+            up += tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up)
+        act, _ = _act_and_slope(gate, ACT)
+        h = (act * up).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + rows[:, None] * num_columns + columns[None, :], h, mask=inside)
 
 
 @jit
@@ -68,29 +64,31 @@ def _backward_kernel(
     grad_ptr, gu_ptr, grad_gu_ptr, low_ptr, b_gate_ptr, b_up_ptr, grad_low_ptr, a_ptr, num_rows, num_columns, low_stride,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
     RANK_DOWN: tl.constexpr, PADDED_DOWN: tl.constexpr,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    at = rows[:, None] * (2 * num_columns) + columns[None, :]
-    at_h = rows[:, None] * num_columns + columns[None, :]
-    gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at_h, mask=inside, other=0.0).to(tl.float32)
-    if RANK_GATE > 0:
-        gate += _low_rank(low_ptr, b_gate_ptr, rows, columns, num_rows, num_columns, low_stride, RANK_GATE, PADDED_GATE)
-    if RANK_UP > 0:
-        up += _low_rank(
-            low_ptr + RANK_GATE, b_up_ptr, rows, columns, num_rows, num_columns, low_stride, RANK_UP, PADDED_UP
-        )
-    if RANK_DOWN > 0:
-        grad += _low_rank(grad_low_ptr, a_ptr, rows, columns, num_rows, num_columns, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
-    act, slope = _act_and_slope(gate, ACT)
+    b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
+    b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
+    a = tl.trans(_load_factor(a_ptr, columns, num_columns, RANK_DOWN, RANK_DOWN, PADDED_DOWN))
     dtype = grad_gu_ptr.dtype.element_ty
-    tl.store(grad_ptr + at_h, (act * up).to(dtype), mask=inside)
-    tl.store(grad_gu_ptr + at, (grad * up * slope).to(dtype), mask=inside)
-    tl.store(grad_gu_ptr + at + num_columns, (grad * act).to(dtype), mask=inside)
+    for tile in range(TILES):
+        rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+        at = rows[:, None] * (2 * num_columns) + columns[None, :]
+        at_h = rows[:, None] * num_columns + columns[None, :]
+        gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at_h, mask=inside, other=0.0).to(tl.float32)
+        if RANK_GATE > 0:
+            gate += tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate)
+        if RANK_UP > 0:
+            up += tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up)
+        if RANK_DOWN > 0:
+            grad += tl.dot(_load_factor(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN), a)
+        act, slope = _act_and_slope(gate, ACT)
+        tl.store(grad_ptr + at_h, (act * up).to(dtype), mask=inside)
+        tl.store(grad_gu_ptr + at, (grad * up * slope).to(dtype), mask=inside)
+        tl.store(grad_gu_ptr + at + num_columns, (grad * act).to(dtype), mask=inside)
 
 
 def _padded(rank: int) -> int:
@@ -103,8 +101,8 @@ def _fits(*tensors: torch.Tensor, ranks: tuple[int, ...]) -> bool:
     return half and max(ranks) <= MAX_RANK and runs_triton(*tensors)
 
 
-def _grid(num_rows: int, num_columns: int, tile: tuple[int, int, int]) -> tuple[int, int]:
-    return (-(-num_columns // tile[1]), -(-num_rows // tile[0]))
+def _grid(num_rows: int, num_columns: int, tile: tuple[int, int, int, int]) -> tuple[int, int]:
+    return (-(-num_columns // tile[1]), -(-num_rows // (tile[0] * tile[2])))
 
 
 def _add_low_rank(gu: torch.Tensor, low: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> torch.Tensor:
@@ -143,7 +141,8 @@ def lora_gated_forward(
             _forward_kernel[_grid(num_rows, size, _FORWARD_TILE)](
                 gu, h, low, b_gate, b_up, num_rows, size, low.shape[1],
                 RANK_GATE=ranks[0], PADDED_GATE=_padded(ranks[0]), RANK_UP=ranks[1], PADDED_UP=_padded(ranks[1]),
-                ACT=act, ROWS=_FORWARD_TILE[0], COLUMNS=_FORWARD_TILE[1], num_warps=_FORWARD_TILE[2],
+                ACT=act, ROWS=_FORWARD_TILE[0], COLUMNS=_FORWARD_TILE[1], TILES=_FORWARD_TILE[2],
+                num_warps=_FORWARD_TILE[3], num_stages=_STAGES,
             )  # fmt: skip
     return h
 
@@ -186,7 +185,8 @@ def lora_gated_backward(
                 grad_h, gu, grad_gu, low, b_gate, b_up, grad_low, a_T, num_rows, size, low.shape[1],
                 RANK_GATE=ranks[0], PADDED_GATE=_padded(ranks[0]), RANK_UP=ranks[1], PADDED_UP=_padded(ranks[1]),
                 RANK_DOWN=ranks[2], PADDED_DOWN=_padded(ranks[2]),
-                ACT=act, ROWS=_BACKWARD_TILE[0], COLUMNS=_BACKWARD_TILE[1], num_warps=_BACKWARD_TILE[2],
+                ACT=act, ROWS=_BACKWARD_TILE[0], COLUMNS=_BACKWARD_TILE[1], TILES=_BACKWARD_TILE[2],
+                num_warps=_BACKWARD_TILE[3], num_stages=_STAGES,
             )  # fmt: skip
         torch.autograd.graph.increment_version(grad_h)
     return grad_gu

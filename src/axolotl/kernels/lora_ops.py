@@ -12,9 +12,11 @@ Shape legend: N tokens, H features in, O features out, r rank, R ranks of all pr
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from axolotl.kernels.fp8 import matmul_fp8, quantize_rows
 from axolotl.kernels.glu import Activation
@@ -23,20 +25,6 @@ from axolotl.kernels.quantize import NUM_STATE_TENSORS, dequantize_parts, split_
 from axolotl.kernels.utils import compute_dtype
 
 Projection = tuple[Any, ...]  # what `get_lora_parameters` returns
-
-
-class _Factor:
-    """A factor of several matmuls (N, K), and its fp8 form once one of them asks."""
-
-    def __init__(self, dense: torch.Tensor):
-        self.dense = dense
-        self._fp8: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def fp8(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, K) e4m3 and (N, 1) fp32."""
-        if self._fp8 is None:
-            self._fp8 = quantize_rows(self.dense)
-        return self._fp8
 
 
 class _Weights:
@@ -51,6 +39,7 @@ class _Weights:
     def __init__(self, weights: list[torch.Tensor], state: list[torch.Tensor], layout: list[int]):
         self.stored = weights
         self.states: list[tuple[list[torch.Tensor | None], list[int]] | None] = []
+        self.sizes = _rows_of(weights, layout)
         each = len(layout) // len(weights)
         tensors = iter(state)
         for start in range(0, len(layout), each):
@@ -58,10 +47,37 @@ class _Weights:
             own = [next(tensors) if present >> bit & 1 else None for bit in range(NUM_STATE_TENSORS)]
             self.states.append((own, numbers) if present else None)
 
-    def _fp8(self, index: int) -> list[torch.Tensor | None] | None:
-        """The tensors of `Fp8State`, or None when the weight is not in fp8."""
-        state = self.states[index]
-        return state[0] if state is not None and state[1][2] == 0 else None
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [W_0; W_1; ...]^T` (N, O_0 + O_1 + ...)."""
+        if (fp8 := self._fp8()) is not None:
+            scale = torch.cat([own[0] for own in fp8], dim=1) if len(fp8) > 1 else fp8[0][0]
+            return matmul_fp8(*quantize_rows(x), _stack(self.stored), scale, x.dtype)
+        whole = self._whole(x.dtype)
+        if whole is not None:
+            return x @ whole.t()
+        y = x.new_empty(x.shape[0], sum(self.sizes))
+        for index, part in enumerate(y.split(self.sizes, dim=1)):
+            torch.mm(x, self._dense(index, x.dtype).t(), out=part)
+        return y
+
+    def product_back(self, grad: torch.Tensor) -> torch.Tensor:
+        """`grad [W_0; W_1; ...]` (N, H) for a gradient (N, O_0 + O_1 + ...)."""
+        if (fp8 := self._fp8()) is not None:
+            return matmul_fp8(*quantize_rows(grad), fp8[0][1], fp8[0][2], grad.dtype)
+        whole = self._whole(grad.dtype)
+        if whole is not None:
+            return grad @ whole
+        first, *others = grad.split(self.sizes, dim=1)
+        grad_x = first @ self._dense(0, grad.dtype)
+        for index, part in enumerate(others, start=1):
+            grad_x.addmm_(part, self._dense(index, grad.dtype))
+        return grad_x
+
+    def _fp8(self) -> list[Any] | None:
+        """The tensors of each `Fp8State`, or None when the weights are not in fp8."""
+        if self.states[0] is None or self.states[0][1][2] != 0:
+            return None
+        return [state[0] for state in self.states if state is not None]
 
     def _dense(self, index: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """(O, H) in `dtype`: the weight itself, or a temporary (`out`, if given) when it is stored in four bits."""
@@ -70,154 +86,103 @@ class _Weights:
             return self.stored[index].to(dtype)
         return dequantize_parts(self.stored[index], *state, dtype, out)
 
-    def product(self, x: _Factor, index: int) -> torch.Tensor:
-        """`x W^T` (N, O)."""
-        fp8 = self._fp8(index)
-        if fp8 is None:
-            return x.dense @ self._dense(index, x.dense.dtype).t()
-        return matmul_fp8(*x.fp8(), self.stored[index], fp8[0], x.dense.dtype)
+    def _whole(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """All weights as (O_0 + O_1 + ..., H), or None when that would take a copy of dense ones."""
+        if len(self.stored) == 1:
+            return self._dense(0, dtype)
+        if all(state is not None for state in self.states):
+            assert self.states[0] is not None
+            whole = torch.empty(sum(self.sizes), self.states[0][1][1], dtype=dtype, device=self.stored[0].device)
+            for index, part in enumerate(whole.split(self.sizes)):
+                self._dense(index, dtype, part)
+            return whole
+        beside = self.states == [None] * len(self.stored) and _lie_in_a_row(self.stored)
+        return _stack(self.stored) if beside and self.stored[0].dtype == dtype else None
 
-    def add_product_back(self, grad_x: torch.Tensor, grad: torch.Tensor, index: int) -> torch.Tensor:
-        """`grad_x + grad W` (N, H), in the memory of `grad_x`."""
-        fp8 = self._fp8(index)
-        if fp8 is None:
-            return grad_x.addmm_(grad, self._dense(index, grad.dtype))
-        return grad_x.add_(matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype))
 
-    def product_back(self, grad: torch.Tensor, index: int) -> torch.Tensor:
-        """`grad W` (N, H)."""
-        fp8 = self._fp8(index)
-        if fp8 is None:
-            return grad @ self._dense(index, grad.dtype)
-        return matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype)
+def _lie_in_a_row(weights: list[torch.Tensor]) -> bool:
+    """Whether each weight begins in memory where the one before it ends."""
+    return all(
+        one.dtype == other.dtype
+        and one.is_contiguous()
+        and other.is_contiguous()
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and other.storage_offset() == one.storage_offset() + one.numel()
+        for one, other in itertools.pairwise(weights)
+    )
 
-    def products(self, x: torch.Tensor) -> torch.Tensor:
-        """`[x W_0^T, x W_1^T]` (N, O_0 + O_1)."""
-        if (fp8 := self._fp8(0)) is not None:
-            other = self._fp8(1)
-            assert other is not None
-            scale = torch.cat([fp8[0], other[0]], dim=1)
-            return matmul_fp8(*quantize_rows(x), self._stacked_memory(), scale, x.dtype)
-        both = self._stacked(x.dtype)
-        if both is not None:
-            return x @ both.t()
-        first, second = self._dense(0, x.dtype), self._dense(1, x.dtype)
-        products = x.new_empty(x.shape[0], first.shape[0] + second.shape[0])
-        torch.mm(x, first.t(), out=products[:, : first.shape[0]])
-        torch.mm(x, second.t(), out=products[:, first.shape[0] :])
-        return products
 
-    def products_back(self, grad: torch.Tensor) -> torch.Tensor:
-        """`grad [W_0; W_1]` (N, H) for a gradient (N, O_0 + O_1)."""
-        if (fp8 := self._fp8(0)) is not None:
-            return matmul_fp8(*quantize_rows(grad), fp8[1], fp8[2], grad.dtype)
-        both = self._stacked(grad.dtype)
-        if both is not None:
-            return grad @ both
-        first = self._dense(0, grad.dtype)
-        return (grad[:, : first.shape[0]] @ first).addmm_(grad[:, first.shape[0] :], self._dense(1, grad.dtype))
+def _stack(weights: list[torch.Tensor]) -> torch.Tensor:
+    """The weights one below the other, without a copy where they lie so."""
+    if len(weights) == 1:
+        return weights[0]
+    if not _lie_in_a_row(weights):
+        return torch.cat(weights)
+    rows = sum(weight.shape[0] for weight in weights)
+    return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride())
 
-    def _stacked(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Both weights as (O_0 + O_1, H), or None when that would take a copy of dense ones."""
-        states = self.states
-        if states[0] is not None and states[1] is not None:
-            rows = [state[1][0] for state in states if state is not None]
-            both = torch.empty(sum(rows), states[0][1][1], dtype=dtype, device=self.stored[0].device)
-            self._dense(0, dtype, both[: rows[0]])
-            self._dense(1, dtype, both[rows[0] :])
-            return both
-        one, other = self.stored
-        beside = (
-            states == [None, None]
-            and one.dtype == other.dtype == dtype
-            and one.is_contiguous()
-            and other.is_contiguous()
-            and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-            and other.storage_offset() == one.storage_offset() + one.numel()
-        )
-        return self._stacked_memory() if beside else None
 
-    def _stacked_memory(self) -> torch.Tensor:
-        """Both stored weights, which lie one behind the other, as one."""
-        one, other = self.stored
-        return one.as_strided((one.shape[0] + other.shape[0], one.shape[1]), one.stride())
+def _rows_of(weights: list[torch.Tensor], layout: list[int]) -> list[int]:
+    """Output features of each weight of an operator."""
+    each = len(layout) // len(weights)
+    return [layout[index * each] or weight.shape[0] for index, weight in enumerate(weights)]
+
+
+# --- projections of one input -------------------------------------------------------------------------------------------
+#
+# `b` is block-diagonal: a few zeros are multiplied, and every matrix is read and written once for all projections.
 
 
 @torch.library.custom_op(
     "axolotl::lora_project",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor[] b) -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor b) -> (Tensor, Tensor)",
 )
 def _project(x, weights, state, layout, a, b):
-    """The outputs (N, O_i), then `x A^T` (N, R)."""
-    frozen = _Weights(weights, state, layout)
-    low_NR, factor = x @ a.t(), _Factor(x)
-    outputs, start = [], 0
-    for index, b_Or in enumerate(b):
-        y_NO = frozen.product(factor, index)
-        rank = b_Or.shape[1]
-        if rank:
-            y_NO.addmm_(low_NR[:, start : start + rank], b_Or.t())
-        start += rank
-        outputs.append(y_NO)
-    return [*outputs, low_NR]
+    """The outputs side by side (N, O), and `x A^T` (N, R)."""
+    y_NO, low_NR = _Weights(weights, state, layout).product(x), x @ a.t()
+    return (y_NO.addmm_(low_NR, b.t()) if b.shape[1] else y_NO), low_NR
 
 
 @_project.register_fake
 def _(x, weights, state, layout, a, b):
-    return [*(x.new_empty(x.shape[0], b_Or.shape[0]) for b_Or in b), x.new_empty(x.shape[0], a.shape[0])]
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op(
     "axolotl::lora_project_backward",
     mutates_args=(),
-    schema="(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor[] b, "
-    "Tensor low, bool need_x) -> Tensor[]",
+    schema="(Tensor grad, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor b, Tensor low, "
+    "bool need_x) -> (Tensor, Tensor, Tensor)",
 )
-def _project_backward(grads, x, weights, state, layout, a, b, low, need_x):
-    """The gradients of x (empty unless asked for), of a (R, H), then of each b (O_i, r_i)."""
-    frozen = _Weights(weights, state, layout)
-    grad_low_NR = torch.empty_like(low)
-    grads_b, start = [], 0
-    for grad_NO, b_Or in zip(grads, b, strict=True):
-        part = slice(start, start + b_Or.shape[1])
-        grads_b.append(grad_NO.t() @ low[:, part])
-        torch.mm(grad_NO, b_Or, out=grad_low_NR[:, part])
-        start = part.stop
-    grad_a_RH = grad_low_NR.t() @ x
-    grad_x = x.new_empty(0)
-    if need_x:
-        grad_x = grad_low_NR @ a
-        for index, grad_NO in enumerate(grads):
-            frozen.add_product_back(grad_x, grad_NO, index)
-    return [grad_x, grad_a_RH, *grads_b]
+def _project_backward(grad, x, weights, state, layout, a, b, low, need_x):
+    """The gradients of x (empty unless asked for), of a (R, H) and of b (O, R)."""
+    grad_low_NR = grad @ b
+    grad_a_RH, grad_b_OR = grad_low_NR.t() @ x, grad.t() @ low
+    if not need_x:
+        return x.new_empty(0), grad_a_RH, grad_b_OR
+    return _Weights(weights, state, layout).product_back(grad).addmm_(grad_low_NR, a), grad_a_RH, grad_b_OR
 
 
 @_project_backward.register_fake
-def _(grads, x, weights, state, layout, a, b, low, need_x):
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    return [grad_x, torch.empty_like(a), *(torch.empty_like(b_Or) for b_Or in b)]
+def _(grad, x, weights, state, layout, a, b, low, need_x):
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(a), torch.empty_like(b)
 
 
 def _keep(ctx, inputs, output):
     x, weights, state, layout, a, b = inputs
-    ctx.save_for_backward(x, a, output[-1], *b, *weights, *state)
-    ctx.count, ctx.layout = len(b), layout
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, a, b, output[1], *weights, *state)
+    ctx.count, ctx.layout = len(weights), layout
 
 
-def _differentiate(ctx, grads):
-    x, a, low, *rest = ctx.saved_tensors
-    b, weights, state = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
-    outputs = [
-        x.new_zeros(x.shape[0], b_Or.shape[0]) if grad is None else grad.contiguous()
-        for grad, b_Or in zip(grads[: ctx.count], b, strict=True)
-    ]
+def _differentiate(ctx, grad, _):
+    x, a, b, low, *rest = ctx.saved_tensors
+    weights, state = rest[: ctx.count], rest[ctx.count :]
     need_x = ctx.needs_input_grad[0]
-    grad_x, grad_a, *grads_b = torch.ops.axolotl.lora_project_backward(
-        outputs, x, weights, state, ctx.layout, a, b, low, need_x
+    grad_x, grad_a, grad_b = torch.ops.axolotl.lora_project_backward(
+        grad.contiguous(), x, weights, state, ctx.layout, a, b, low, need_x
     )
-    return grad_x if need_x else None, [None] * ctx.count, [None] * len(state), None, grad_a, grads_b
+    return grad_x if need_x else None, [None] * ctx.count, [None] * len(state), None, grad_a, grad_b
 
 
 _project.register_autograd(_differentiate, setup_context=_keep)
@@ -235,18 +200,12 @@ _project.register_autograd(_differentiate, setup_context=_keep)
 )
 def _gate_up(x, weights, state, layout, a):
     """Gate and up (N, 2 I) without their low-rank terms, and `x A^T` of both (N, R)."""
-    return _Weights(weights, state, layout).products(x), x @ a.t()
-
-
-def _num_rows(weights: list[torch.Tensor], layout: list[int]) -> int:
-    """Output features of all weights of an operator together."""
-    each = len(layout) // len(weights)
-    return sum(layout[index * each] or weight.shape[0] for index, weight in enumerate(weights))
+    return _Weights(weights, state, layout).product(x), x @ a.t()
 
 
 @_gate_up.register_fake
 def _(x, weights, state, layout, a):
-    return x.new_empty(x.shape[0], _num_rows(weights, layout)), x.new_empty(x.shape[0], a.shape[0])
+    return x.new_empty(x.shape[0], sum(_rows_of(weights, layout))), x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op(
@@ -260,7 +219,7 @@ def _gate_up_backward(grad, grad_low, x, weights, state, layout, a, need_x):
     grad_a = grad_low.t() @ x
     if not need_x:
         return x.new_empty(0), grad_a
-    grad_x = _Weights(weights, state, layout).products_back(grad)
+    grad_x = _Weights(weights, state, layout).product_back(grad)
     return grad_x.addmm_(grad_low, a), grad_a
 
 
@@ -297,7 +256,7 @@ _gate_up.register_autograd(_differentiate_gate_up, setup_context=_keep_gate_up)
 def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
     """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`; gate and up get their low-rank terms here."""
     h_NI = lora_gated_forward(gu, low, b_gate, b_up, act)
-    y_NO = _Weights(weights, state, layout).product(_Factor(h_NI), 0)
+    y_NO = _Weights(weights, state, layout).product(h_NI)
     return y_NO.addmm_(h_NI @ a.t(), b.t()) if b.shape[1] else y_NO
 
 
@@ -315,7 +274,7 @@ def _(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
 def _down_backward(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act):
     """The gradients of gu, low, b_gate, b_up, a and b."""
     size, rank = b_gate.shape
-    h_NI = _Weights(weights, state, layout).product_back(grad, 0)  # its gradient, until the activation puts h there
+    h_NI = _Weights(weights, state, layout).product_back(grad)  # its gradient, until the activation puts h there
     grad_low_Nr = grad @ b
     grad_gu = lora_gated_backward(h_NI, gu, low, b_gate, b_up, grad_low_Nr, a.t().contiguous(), act)
     grad_a = grad_low_Nr.t() @ h_NI
@@ -378,6 +337,16 @@ def _read_adapters(
     return a_RH, b_Or
 
 
+def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """(O, R) of blocks (O_i, r_i)."""
+    total, start, rows = sum(block.shape[1] for block in blocks), 0, []
+    for block in blocks:
+        stop = start + block.shape[1]
+        rows.append(F.pad(block, (start, total - stop)))
+        start = stop
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
 def project_in_graph(x: torch.Tensor, projections: list[Projection]) -> list[torch.Tensor]:
     """All projections of one input, for use under `torch.compile`.
 
@@ -393,9 +362,12 @@ def project_in_graph(x: torch.Tensor, projections: list[Projection]) -> list[tor
     weights, state, layout, rows = _read_frozen(projections)
     with torch.autocast(x.device.type, enabled=False):
         a_RH, b_Or = _read_adapters(projections, rows, x_NH.shape[-1], x_NH)
-        outputs = torch.ops.axolotl.lora_project(x_NH, weights, state, layout, a_RH, b_Or)[:-1]
+        y_NO, _ = torch.ops.axolotl.lora_project(x_NH, weights, state, layout, a_RH, _block_diagonal(b_Or))
         biases = [bias for _, bias, *_ in projections]
-        outputs = [y if bias is None else y + bias.to(dtype) for y, bias in zip(outputs, biases, strict=True)]
+        first, *others = y_NO.split(rows, dim=1)
+        # What is kept for backward as it is, such as the values of an attention, must not keep the others with it.
+        parts = [first, *(part.clone(memory_format=torch.contiguous_format) for part in others)]
+        outputs = [part if bias is None else part + bias.to(dtype) for part, bias in zip(parts, biases, strict=True)]
     kept = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return [y.view(*x.shape[:-1], y.shape[-1]).to(kept) for y in outputs]
 
@@ -424,7 +396,8 @@ def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1]).to(kept)
 
 
-def lay_side_by_side(first: torch.nn.Parameter, second: torch.nn.Parameter) -> None:
-    """Give two dense weights of one shape and dtype one memory, so that both multiply in one matmul."""
-    both = torch.cat([first.data, second.data])
-    first.data, second.data = both[: first.shape[0]], both[first.shape[0] :]
+def lay_in_a_row(weights: list[torch.nn.Parameter]) -> None:
+    """Give dense weights of one width and dtype one memory, so that they multiply in one matmul."""
+    sizes = [weight.shape[0] for weight in weights]
+    for weight, part in zip(weights, torch.cat([weight.data for weight in weights]).split(sizes), strict=True):
+        weight.data = part

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
-from axolotl.kernels.lora_ops import lay_side_by_side, mlp_in_graph, project_in_graph
+from axolotl.kernels.lora_ops import lay_in_a_row, mlp_in_graph, project_in_graph
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
@@ -69,7 +69,7 @@ def test_mlp(ranks, act, side_by_side):
     gate, up, down = make_projection(6, 8, ranks[0]), make_projection(6, 8, ranks[1]), make_projection(8, 5, ranks[2])
     if side_by_side:
         weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in (gate, up)]
-        lay_side_by_side(*weights)
+        lay_in_a_row(weights)
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
         gate, up = ((weight, *projection[1:]) for weight, projection in zip(weights, (gate, up), strict=True))
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
@@ -79,12 +79,24 @@ def test_mlp(ranks, act, side_by_side):
     assert_same_gradients(ours, theirs, [x, *trained([gate, up, down])])
 
 
-def test_laying_weights_side_by_side_keeps_them():
-    first, second = (torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2))
-    wanted = first.detach().clone(), second.detach().clone()
-    lay_side_by_side(first, second)
-    torch.testing.assert_close(first.data, wanted[0], rtol=0, atol=0)
-    torch.testing.assert_close(second.data, wanted[1], rtol=0, atol=0)
+def test_laying_weights_in_a_row_keeps_them():
+    weights = [torch.nn.Parameter(torch.randn(rows, 3)) for rows in (4, 2, 5)]
+    wanted = [weight.detach().clone() for weight in weights]
+    lay_in_a_row(weights)
+    for weight, was in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(weight.data, was, rtol=0, atol=0)
+
+
+def test_projections_whose_weights_lie_in_a_row():
+    torch.manual_seed(0)
+    projections = [make_projection(6, 4 + index, 2) for index in range(3)]
+    weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in projections]
+    lay_in_a_row(weights)
+    projections = [(weight, *projection[1:]) for weight, projection in zip(weights, projections, strict=True)]
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    outputs = project_in_graph(x, projections)
+    wanted = [reference(x, projection) for projection in projections]
+    assert_same_gradients(torch.cat(outputs, -1), torch.cat(wanted, -1), [x, *trained(projections)])
 
 
 def test_gated_backward_leaves_the_activation_in_its_gradient():

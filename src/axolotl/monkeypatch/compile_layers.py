@@ -8,6 +8,7 @@ comes, once more for all shapes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from peft import PeftModel
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl.monkeypatch.attention.documents import mark_used
+from axolotl.monkeypatch.gradient_checkpointing.install import Offloaded, OffloadedCheckpoint, Store, weight_storages
 from axolotl.monkeypatch.lora_kernels import get_layers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -84,22 +87,27 @@ class CompiledForward:
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             return self.plain(*args, **kwargs)  # transformers takes them away, and says so
         function = layer._gradient_checkpointing_func
+        if isinstance(function, OffloadedCheckpoint) and _is_plain_checkpoint(function.function):
+            with Offloaded(function.store, weight_storages(layer)):
+                return self._run(self._compiled_recomputed, self.plain, args, kwargs)
         if _is_plain_checkpoint(function):
             return self._run(self._compiled_recomputed, self.plain, args, kwargs)
         return function(functools.partial(self._run_once, **kwargs), *args)
 
-    def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
+    def recomputed(self, function: Callable[..., Any], *args: Any, store: Store | None = None) -> Any:
         """The layer with checkpointing inside what is compiled, as the checkpoint function of transformers before 5.20.
 
         Args:
             function: the layer's call with its keywords bound.
             *args: the other arguments of the layer.
+            store: where its input waits.
         """
         plain = functools.partial(checkpoint, function, use_reentrant=False)
         watched = self._layer._forward_hooks or self._layer._forward_pre_hooks or self._layer._backward_hooks
-        if watched or not isinstance(function, functools.partial):
-            return plain(*args)
-        return self._run(self._compiled_recomputed, lambda *args, **_: plain(*args), args, function.keywords)
+        with Offloaded(store, weight_storages(self._layer)) if store is not None else contextlib.nullcontext():
+            if watched or not isinstance(function, functools.partial):
+                return plain(*args)
+            return self._run(self._compiled_recomputed, lambda *args, **_: plain(*args), args, function.keywords)
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._compiled, self._raw, args, kwargs)
@@ -146,11 +154,14 @@ def compile_layers(
         if not isinstance(layer.__dict__.get("forward"), CompiledForward):
             layer.forward = CompiledForward(layer, options or {}, may_fall_back=may_fall_back)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "__call__" in vars(GradientCheckpointingLayer) and "_set_gradient_checkpointing" not in vars(base):
-        base._set_gradient_checkpointing = functools.partial(
-            _switch_checkpointing, base, base._set_gradient_checkpointing
-        )
+    method = base._set_gradient_checkpointing
+    if "__call__" in vars(GradientCheckpointingLayer) and not _is_switch(method):
+        base._set_gradient_checkpointing = functools.partial(_switch_checkpointing, base, method)
     return layers
+
+
+def _is_switch(method: Any) -> bool:
+    return isinstance(method, functools.partial) and method.func is _switch_checkpointing
 
 
 def _switch_checkpointing(model: nn.Module, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -158,8 +169,11 @@ def _switch_checkpointing(model: nn.Module, original: Callable[..., None], *args
     original(*args, **kwargs)
     for layer in get_layers(model):
         forward = layer.__dict__.get("forward")
-        if isinstance(forward, CompiledForward) and _is_plain_checkpoint(layer._gradient_checkpointing_func):
-            layer._gradient_checkpointing_func = forward.recomputed
+        function, store = layer._gradient_checkpointing_func, None
+        if isinstance(function, OffloadedCheckpoint):
+            function, store = function.function, function.store
+        if isinstance(forward, CompiledForward) and _is_plain_checkpoint(function):
+            layer._gradient_checkpointing_func = functools.partial(forward.recomputed, store=store)
 
 
 def uncompile_layers(model: nn.Module) -> None:
@@ -169,15 +183,20 @@ def uncompile_layers(model: nn.Module) -> None:
             del layer.forward
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     method = vars(base).get("_set_gradient_checkpointing")
-    if isinstance(method, functools.partial) and method.func is _switch_checkpointing:
-        del base._set_gradient_checkpointing
+    if _is_switch(method):
+        base._set_gradient_checkpointing = method.args[1]
 
 
-def why_not_by_default(cfg: DictDefault, model: nn.Module) -> str | None:
-    """Why a config that does not say `torch_compile` runs without, or None when compiling pays and is known to be right."""
-    config: Any = model.config
+def why_not_by_default(cfg: DictDefault, config: PretrainedConfig, *, has_gpu: bool) -> str | None:
+    """Why a config that does not say `torch_compile` runs without, or None when compiling pays and is known to be right.
+
+    Args:
+        cfg: the config of the run.
+        config: the model's.
+        has_gpu: whether it will run on CUDA.
+    """
     rules = (
-        (not torch.cuda.is_available(), "no GPU"),
+        (not has_gpu, "no GPU"),
         (config.model_type not in COMPILED_BY_DEFAULT, f"not tested for `{config.model_type}`"),
         (bool(cfg.max_steps) and int(cfg.max_steps or 0) < MIN_STEPS, f"fewer than {MIN_STEPS} steps"),
         (bool(cfg.load_in_8bit), "8-bit layers cannot be traced"),
@@ -186,13 +205,21 @@ def why_not_by_default(cfg: DictDefault, model: nn.Module) -> str | None:
             "4-bit layers are tested below the LoRA kernels only",
         ),
         (bool(cfg.adapter) and cfg.adapter not in ("lora", "qlora"), f"not tested with `adapter: {cfg.adapter}`"),
+        (cfg.activation_offloading in ("legacy", "disk"), f"not tested with `activation_offloading: {cfg.activation_offloading}`"),
         *(
             (bool(cfg[key]), f"not tested with `{key}`")
-            for key in ("activation_offloading", "layer_offloading", "tiled_mlp", "relora", "lisa_n_layers", "qat",
+            for key in ("layer_offloading", "tiled_mlp", "relora", "lisa_n_layers", "qat",
                         "peft_use_dora", "fsdp_config", "deepspeed", "trust_remote_code")
         ),
     )  # fmt: skip
     return next((reason for holds, reason in rules if holds), None)
+
+
+def runs_compiled(cfg: DictDefault, config: PretrainedConfig, *, has_gpu: bool) -> bool:
+    """Whether `apply_torch_compile` will compile the layers of this run. Arguments as of `why_not_by_default`."""
+    if cfg.torch_compile is not None:
+        return bool(cfg.torch_compile)
+    return why_not_by_default(cfg, config, has_gpu=has_gpu) is None
 
 
 def apply_torch_compile(cfg: DictDefault, model: nn.Module) -> None:
@@ -200,9 +227,10 @@ def apply_torch_compile(cfg: DictDefault, model: nn.Module) -> None:
 
     Reads `torch_compile`, `torch_compile_backend`, `torch_compile_mode` and `torch_compile_options`.
     """
-    asked = bool(cfg.torch_compile)
-    if not asked and why_not_by_default(cfg, model):
+    config: Any = model.config
+    if not runs_compiled(cfg, config, has_gpu=torch.cuda.is_available()):
         return
+    asked = bool(cfg.torch_compile)
     options = {
         name: value.to_dict() if isinstance(value, DictDefault) else value
         for name, value in (

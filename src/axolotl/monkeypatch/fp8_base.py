@@ -35,7 +35,7 @@ def _find_groups(model: nn.Module) -> Iterator[list[tuple[nn.Module, str]]]:
                 yield [(module, "gate_proj"), (module, "up_proj")]
                 yield [(module, "down_proj")]
             if getattr(kind, "apply_qkv", None) is apply_lora_qkv:
-                yield from ([(module, name)] for name in ("q_proj", "k_proj", "v_proj"))
+                yield [(module, "q_proj"), (module, "k_proj"), (module, "v_proj")]
             if getattr(kind, "apply_o", None) is apply_lora_o:
                 yield [(module, "o_proj")]
 
@@ -58,7 +58,6 @@ def apply_fp8_base(model: PeftModel, cfg: DictDefault) -> None:
             and linear.weight.is_floating_point()
             and not linear.weight.requires_grad
             and linear.in_features % MULTIPLE == linear.out_features % MULTIPLE == 0
-            and (linear.bias is None or len(group) == 1)
             for linear in linears
         )
         if not fits:

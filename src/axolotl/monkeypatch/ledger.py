@@ -9,21 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from axolotl.exceptions import ConfigError
 from axolotl.monkeypatch.attention import shifted, varlen
 from axolotl.monkeypatch.attention.documents import MASK_BUILDERS, add_document_hook, register_masks
+from axolotl.monkeypatch.attention.flex import apply_flex_compile_kwargs
+from axolotl.monkeypatch.attention.scaled_softmax import apply_scaling_softmax
 from axolotl.monkeypatch.compile_layers import apply_torch_compile
 from axolotl.monkeypatch.fp8_base import apply_fp8_base
+from axolotl.monkeypatch.fp8_linear import apply_fp8_training
+from axolotl.monkeypatch.gradient_checkpointing.choose import why_not_offloaded_by_default
 from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
 from axolotl.monkeypatch.gradient_checkpointing.selective import Selection
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
 from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.distributed import get_world_size
+from axolotl.utils.environment import free_host_memory
 from axolotl.utils.schemas.validation.common import LORA_KERNELS
 
 Stage = Literal["pre_model_load", "post_plugin_pre_model_load", "post_model_build", "post_model_load"]
@@ -65,6 +73,24 @@ def _add_document_hook(cfg: DictDefault, model: nn.Module | None) -> None:
             add_document_hook(carrier, varlen=ours or "flash" in used, checked=ours or used in MASK_BUILDERS)
 
 
+def _base_of(model: nn.Module | None) -> PreTrainedModel:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def _apply_scaling_softmax(cfg: DictDefault, model: nn.Module | None) -> None:
+    apply_scaling_softmax(_base_of(model), cfg.scaling_softmax_factor, cfg.scaling_softmax_bias)
+
+
+def _apply_flex_compile_kwargs(cfg: DictDefault, model: nn.Module | None) -> None:
+    used = _base_of(model).config._attn_implementation
+    if used == "flex_attention":
+        apply_flex_compile_kwargs(cfg.flex_attn_compile_kwargs)
+    else:
+        note_choice(cfg, "flex_attn_compile_kwargs", None, f"the attention of this run is `{used}`, not flex attention")
+
+
 def _keep_four_bits_unpacked(cfg: DictDefault, model: nn.Module | None) -> None:
     for module in model.modules() if model is not None else ():
         if "support_avx512bf16_for_cpu" in vars(module):
@@ -85,8 +111,16 @@ def _apply_lora_kernels(cfg: DictDefault, model: nn.Module | None) -> None:
 
 
 def _apply_fp8_base(cfg: DictDefault, model: nn.Module | None) -> None:
-    assert isinstance(model, PeftModel), "validation asks for an adapter"
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"`fp8: true` quantizes the base below an adapter, but with `rl: {cfg.rl}` the trainer puts the adapter on later. Remove `fp8`."
+        )
     apply_fp8_base(model, cfg)
+
+
+def _apply_fp8_training(cfg: DictDefault, model: nn.Module | None) -> None:
+    assert model is not None
+    apply_fp8_training(model, cfg)
 
 
 def _wants_compile(cfg: DictDefault) -> bool:
@@ -99,12 +133,22 @@ def _apply_torch_compile(cfg: DictDefault, model: nn.Module | None) -> None:
 
 
 def _wants_activation_policies(cfg: DictDefault) -> bool:
-    return bool(cfg.gradient_checkpointing and (cfg.activation_offloading or cfg.selective_checkpointing))
+    unsaid = cfg.activation_offloading is None
+    return bool(cfg.gradient_checkpointing and (unsaid or cfg.activation_offloading or cfg.selective_checkpointing))
 
 
 def _apply_activation_policies(cfg: DictDefault, model: nn.Module | None) -> None:
     assert model is not None
     wanted, selection = cfg.selective_checkpointing, None
+    if cfg.activation_offloading is None:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        machine = {"has_gpu": torch.cuda.is_available(), "free_host_bytes": free_host_memory()}
+        config: Any = base.config
+        if why_not_offloaded_by_default(cfg, config, num_processes=get_world_size(), **machine) is None:
+            note_choice(cfg, "activation_offloading", True, "the copies to host memory hide behind the layers")
+            cfg["activation_offloading"] = True
+        elif not wanted:
+            return
     if wanted:
         selection = Selection(
             save=tuple(wanted.save or ("attention",)),
@@ -158,6 +202,24 @@ LEDGER: tuple[Patch, ...] = (
         apply=_add_document_hook,
     ),
     Patch(
+        name="scalable softmax",
+        what="registers the attention function of the run anew, as one that scales the queries of models whose config says so",
+        why="`scaling_softmax` multiplies scores by the logarithm of the number of keys",
+        until="transformers scales scores by length",
+        stage="post_model_load",
+        condition=lambda cfg: bool(cfg.scaling_softmax),
+        apply=_apply_scaling_softmax,
+    ),
+    Patch(
+        name="compiled flex attention",
+        what="`WrappedFlexAttention` of transformers by a function compiled with `flex_attn_compile_kwargs`",
+        why="transformers compiles flex attention without arguments",
+        until="transformers takes arguments for compiling flex attention",
+        stage="post_model_load",
+        condition=lambda cfg: bool(cfg.flex_attn_compile_kwargs),
+        apply=_apply_flex_compile_kwargs,
+    ),
+    Patch(
         name="4-bit weights on a CPU",
         what="sets `support_avx512bf16_for_cpu` of bitsandbytes' 4-bit layers to False",
         why="in its first forward for evaluation such a layer repacks its weight for good: scales are rounded to bf16, later "
@@ -182,8 +244,17 @@ LEDGER: tuple[Patch, ...] = (
         why="frozen weights need no more than 8 bits to multiply by, and the matrix units are twice as fast with them",
         until="peft has base layers in fp8",
         stage="post_model_load",
-        condition=lambda cfg: bool(cfg.fp8),
+        condition=lambda cfg: bool(cfg.fp8 and cfg.adapter),
         apply=_apply_fp8_base,
+    ),
+    Patch(
+        name="linear layers that train in fp8",
+        what="the class of the linear layers of decoder layers, by `Fp8TrainingLinear`, which quantizes the factors of its matmuls",
+        why="the matrix units are twice as fast in fp8",
+        until="transformers trains in fp8 without a package of its own",
+        stage="post_model_load",
+        condition=lambda cfg: bool(cfg.fp8 and not cfg.adapter),
+        apply=_apply_fp8_training,
     ),
     Patch(
         name="tiled MLP",

@@ -36,7 +36,7 @@ from axolotl.kernels.lora import (
     apply_lora_qkv,
     why_not_fused,
 )
-from axolotl.kernels.lora_ops import lay_side_by_side
+from axolotl.kernels.lora_ops import lay_in_a_row
 from axolotl.model_support import read_model_support
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -274,14 +274,18 @@ def _computes_the_same(mlp: nn.Module) -> bool:
     return bool((got - wanted).norm() <= _TOLERANCE * wanted.norm().clamp_min(1e-6))
 
 
-def _join_gate_and_up(mlp: nn.Module) -> None:
-    """Let dense weights of gate and up share one memory, which the compiled MLP multiplies at once."""
-    gate, up = (
-        proj.base_layer.weight if isinstance(proj, LoraLayer) else proj.weight for proj in (mlp.gate_proj, mlp.up_proj)
+def _join(projections: list[nn.Module]) -> None:
+    """Let the dense weights of projections of one input share one memory: compiled layers multiply them at once."""
+    weights: list[Any] = [
+        proj.base_layer.weight if isinstance(proj, LoraLayer) else proj.weight for proj in projections
+    ]
+    first, *others = weights
+    alike = all(
+        (weight.device, weight.dtype, weight.shape[-1]) == (first.device, first.dtype, first.shape[-1])
+        for weight in others
     )
-    alike = gate.device == up.device and gate.dtype == up.dtype and gate.shape == up.shape
-    if alike and gate.is_cuda and gate.is_floating_point() and gate.is_contiguous() and up.is_contiguous():
-        lay_side_by_side(gate, up)
+    if alike and all(weight.is_cuda and weight.is_floating_point() and weight.is_contiguous() for weight in weights):
+        lay_in_a_row(weights)
 
 
 class _MLPPatcher:
@@ -314,7 +318,7 @@ class _MLPPatcher:
         if not self.checked[type(mlp)]:
             mlp.__class__ = plain
             return f"{plain.__name__} computes more than `down(act(gate) * up)`"
-        _join_gate_and_up(mlp)
+        _join([mlp.gate_proj, mlp.up_proj])
         return None
 
 
@@ -353,6 +357,8 @@ def _patch_attentions(attentions: list[nn.Module], cfg: DictDefault) -> None:
             apply_qkv=apply_lora_qkv if qkv and qkv[at] is None else original_apply_qkv,
             apply_o=apply_lora_o if out and out[at] is None else original_apply_o,
         )
+        if qkv and qkv[at] is None:
+            _join(_children(attention, _QKV))
     if cfg.lora_qkv_kernel:
         _note(cfg, "lora_qkv_kernel", "attention layers", qkv)
     if cfg.lora_o_kernel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -76,3 +78,26 @@ def use_tf32() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
+
+
+def free_host_memory() -> int:
+    """Bytes that this process can still take, within the limit of its container."""
+    free = psutil.virtual_memory().available
+    limits = (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "/sys/fs/cgroup/memory/memory.stat",
+            "total_inactive_file",
+        ),
+    )
+    for limit_file, used_file, stat_file, cached_name in limits:
+        try:
+            limit, used = Path(limit_file).read_text().strip(), int(Path(used_file).read_text())
+            stat = dict(line.split() for line in Path(stat_file).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            free = min(free, int(limit) - used + int(stat.get(cached_name, 0)))
+    return max(free, 0)

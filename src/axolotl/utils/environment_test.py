@@ -31,6 +31,9 @@ class TestMachine:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts, raising=False)
         assert environment.cpu_computes_in_bf16() is has
 
+    def test_free_host_memory_is_a_size_of_this_machine(self):
+        assert 0 < environment.free_host_memory() < 2**50
+
 
 class TestBench:
     @pytest.mark.parametrize("device", [None, "auto", "cpu", torch.device("cpu"), "meta"])

@@ -19,15 +19,6 @@ from typing import Literal
 
 GIB = 2**30
 
-# Memory that a program can use, in GiB, by the name people call the card.
-GPUS: dict[str, float] = {
-    "b200": 179.0, "h200": 139.8, "h100": 79.2, "h100-nvl": 93.1, "gh200": 95.0, "h20": 95.6, "a100-80gb": 79.2,
-    "a100": 39.4, "a100-40gb": 39.4, "a40": 44.4, "a30": 23.5, "a10": 22.1, "a10g": 22.1, "l40s": 44.4, "l40": 44.4,
-    "l4": 22.0, "t4": 14.7, "v100": 15.8, "v100-32gb": 31.7, "rtx-pro-6000": 94.9, "rtx6000-ada": 47.4, "a6000": 47.4,
-    "rtx5090": 31.4, "rtx5080": 15.5, "rtx4090": 23.5, "rtx4080": 15.7, "rtx4070": 11.7, "rtx3090": 23.6,
-    "rtx3080": 9.8, "rtx3060": 11.8,
-}  # fmt: skip
-
 # Bytes of optimizer state per trained parameter, given the bytes of one parameter.
 OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
     "adamw": lambda p: 2 * p, "adamw_torch": lambda p: 2 * p, "adamw_torch_fused": lambda p: 2 * p,
@@ -49,9 +40,14 @@ OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
     "flash_sgdw": lambda p: 1 if p == 2 else 0.0,
 }  # fmt: skip
 
+# Optimizers of bitsandbytes in 8 bits keep the states of embeddings in 32 (axolotl.core.trainers.mixins.optimizer).
+EMBEDDINGS_IN_32_BITS: dict[str, float] = {
+    "adamw_bnb_8bit": 8.0, "adamw_8bit": 8.0, "paged_adamw_8bit": 8.0, "lion_8bit": 4.0, "paged_lion_8bit": 4.0,
+    "ademamix_8bit": 12.0, "paged_ademamix_8bit": 12.0, "rmsprop_bnb_8bit": 4.0,
+}  # fmt: skip
+
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context, cuBLAS and NCCL workspaces, loaded kernels
 FRAGMENTATION = 0.03  # of what comes and goes; measured runs reserve 2 to 5 % above what they allocate
-LOSS_CHUNK_ELEMENTS = 2**26  # logits that the chunked loss holds at once (axolotl.kernels.cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,7 @@ class LayerShape:
         num_norms: normalisations over H in the layer.
         linear_inputs: features per token of the inputs that the linear layers keep because their weight, or an adapter on
             it, is trained, without those counted elsewhere (`linear_input_features`).
+        ranks: of all adapters of the layer together: features per token that their A matrices put out.
     """
 
     hidden: int
@@ -76,6 +73,7 @@ class LayerShape:
     gated: bool = True
     num_norms: int = 2
     linear_inputs: int = 0
+    ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,19 @@ class Run:
         tokens: T, tokens of one micro-batch on one GPU. row_length: length of the rows that attention sees.
         num_params, num_trained, num_quantized: elements of the model with adapters, of what is trained, and of the linear
             weights that `weight_bits` applies to.
+        embedding_params, trained_embeddings: elements of the input embedding, and of embeddings that are trained.
         weight_bytes, trained_bytes: bytes of one frozen weight and of one trained weight; `full` training trains weights.
         weight_bits: 16 for unquantized linear weights, else 8 or 4.
         head_trained: whether the output head's weight gets a gradient.
         num_sequences_factor: forward passes whose activations are alive at once (2 for paired preference losses).
         reference_copy: a second, frozen model is in memory.
+        compiled: each decoder layer is one compiled graph, which recomputes in backward what is cheap to recompute.
+        lora_kernels: projections of one input run as one operator; its frozen weights are made dense together.
+        loss_rows: rows that go through head and loss at once (`axolotl.kernels.cross_entropy`).
+        offload: what is checkpointed waits in host memory; offloads_by_default: checkpointing alone brings that along.
         checkpoint_every: every how many layers are checkpointed; the others keep all.
         keeps_attention: selective checkpointing keeps the results of attention; keeps_on_host: in host memory.
         mlp_tiles: pieces of the sequence that an MLP runs over.
-        loss_chunks: pieces of the rows that head and loss run over, at least.
         layers_on_host: the frozen weights of the layers wait in host memory.
         shard_weights, shard_gradients, shard_optimizer: over how many GPUs each is split.
     """
@@ -109,6 +111,7 @@ class Run:
     num_quantized: int = 0
     largest_linear: int = 0
     embedding_params: int = 0
+    trained_embeddings: int = 0
     is_adapter: bool = False
     compute_bytes: int = 2
     weight_bytes: int = 2
@@ -118,14 +121,17 @@ class Run:
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False
     offload: bool = False
+    offloads_by_default: bool = False
     checkpoint_every: int = 1
     keeps_attention: bool = False
     keeps_on_host: bool = False
     mlp_tiles: int = 1
-    loss_chunks: int = 1
+    loss_rows: int = 1024
     layers_on_host: bool = False
     attention_kind: Literal["flash", "eager"] = "flash"
     num_heads: int = 1
+    compiled: bool = False
+    lora_kernels: bool = False
     fused_norm: bool = False
     fused_glu: Literal["no", "glu", "mlp"] = "no"
     fused_loss: bool = True
@@ -219,64 +225,113 @@ def layer_bytes(run: Run) -> float:
     own weight: frozen ones keep nothing, an adapter's A keeps its input, in a copy of its own when it was cast. Residual
     additions and rotary embeddings (whose factors need no gradient) keep nothing.
     """
+    if run.compiled:
+        return compiled_layer_bytes(run)
     # A tiled MLP keeps its input (counted with the linear layers that train) and is computed again in the backward pass.
     mlp = mlp_bytes(run) if run.mlp_tiles <= 1 else 0
     kept = run.layer.num_norms * norm_bytes(run) + attention_bytes(run) + mlp
     return kept + run.compute_bytes * run.layer.linear_inputs
 
 
+def compiled_layer_bytes(run: Run) -> float:
+    """Bytes per token that one compiled decoder layer keeps for its backward.
+
+    The compiler keeps what only a matmul or an attention could make again, and makes the rest from it in backward: norms,
+    the activation, casts, the inputs of adapters (`monkeypatch.compile_layers` allows that). So what remains is the input of
+    the layer and the residual stream between attention and MLP, cH each; q, k, v, the output of attention and its
+    logsumexp; the inputs of the activation (gate and up: 2cI), each adapter's low-rank product, and the reciprocal root of
+    each norm, 4 bytes. The inputs of peft's own adapters, which are cast there and back, are kept as well.
+    """
+    layer, c = run.layer, run.compute_bytes
+    mlp = c * layer.intermediate * (2 if layer.gated else 1) * layer.active_experts
+    inputs = c * (layer.ranks + layer.linear_inputs)
+    return 2 * c * layer.hidden + attention_bytes(run) + mlp + inputs + 4 * layer.num_norms
+
+
+def moment_bytes(run: Run) -> float:
+    """Bytes that the backward of one layer's MLP, its hardest moment, adds to what is kept.
+
+    The gradients of the widest intermediates: of the activation's output, gate and up, 3cI, the first of which becomes the
+    output itself in a compiled or fused MLP, beside the gradient of the layer's output, cH. Quantized weights are dense
+    for one matmul: the largest one, or with the LoRA kernels gate and up together, beside the gradients of both and of their
+    input. A compiled layer gives the gradients of all its weights at once; without, each is added up as it comes.
+    """
+    layer, c, tokens = run.layer, run.compute_bytes, run.tokens * run.num_sequences_factor
+    wide = c * layer.intermediate * layer.active_experts
+    moment = (3 if layer.gated else 2) * wide * tokens
+    if run.mlp_tiles > 1:
+        moment = (moment + mlp_bytes(run) * tokens) / run.mlp_tiles
+    stream = c * layer.hidden * tokens if run.compiled or run.lora_kernels else 0
+    dense = run.largest_linear * c if run.weight_bits < 16 else 0
+    if run.lora_kernels:
+        both = 2 * wide * tokens + 2 * stream + 2 * dense
+        moment = max(moment + stream, both if dense else 0)
+    else:
+        moment += stream + dense
+    if run.compiled and not run.is_adapter:
+        moment += c * run.num_quantized / max(run.num_layers, 1)
+    return moment
+
+
+def cast_bytes(run: Run) -> float:
+    """Bytes of the copies, in the compute dtype, of weights that are wider; backward reads those of the layers that it keeps."""
+    wide = run.num_trained if run.is_adapter and run.trained_bytes > run.compute_bytes else 0
+    if run.weight_bits == 16 and run.weight_bytes > run.compute_bytes:
+        wide += run.num_quantized
+    casts = run.compute_bytes * wide
+    return casts / run.num_layers if run.checkpointing else casts
+
+
 def activation_bytes(run: Run) -> float:
     """Bytes that the forward pass keeps, and what the hardest moment of the backward pass adds beyond the loss.
 
-    Without checkpointing every layer keeps what it needs; the backward of one layer adds the gradients of its widest
-    intermediates (3cI for a gated MLP). With checkpointing each layer keeps only its input, cH, and the moment is one
-    layer, recomputed in full, with its backward. Offloading moves the kept inputs to the CPU, of which two are in flight.
-    Selective checkpointing also keeps what attention gave, cA and its logsumexp.
-    The loss is over when the layers' backward begins, so only the larger of the two moments counts.
+    Without checkpointing every layer keeps what it needs. With checkpointing each layer keeps only its input, cH, and the
+    moment is one layer, recomputed in full, with its backward. Offloading moves the kept inputs to the CPU, of which two are
+    in flight. Selective checkpointing also keeps what attention gave, cA and its logsumexp.
+    The last norm is not compiled with the layers; with its output it is alive during the loss and over before the layers'
+    backward begins. The loss is over then, too, so only the larger of the two moments counts.
     """
     layer, c = run.layer, run.compute_bytes
     tokens = run.tokens * run.num_sequences_factor
     one = layer_bytes(run)
-    moment = c * layer.intermediate * layer.active_experts * (3 if layer.gated else 2)
-    if run.mlp_tiles > 1:
-        moment = (moment + mlp_bytes(run)) / run.mlp_tiles
+    moment = moment_bytes(run)
     if run.checkpointing:
         recomputed = math.ceil(run.num_layers / run.checkpoint_every)
         kept = c * layer.hidden * (min(2, recomputed) if run.offload else recomputed)
         if run.keeps_attention:
             kept += (c * layer.attention + 4 * run.num_heads) * (2 if run.keeps_on_host else recomputed)
         kept += one * (run.num_layers - recomputed)
-        moment += one
+        moment += one * tokens
     else:
         kept = one * run.num_layers
-    final_norm = norm_bytes(run) + c * layer.hidden
-    dequantized = run.largest_linear * c if run.weight_bits < 16 else 0
-    # Weights that are wider than the compute dtype are cast, and the casts kept for the backward pass.
-    casts = c * run.num_quantized if run.weight_bits == 16 and run.weight_bytes > c else 0
-    casts = casts / run.num_layers if run.checkpointing else casts
-    return (kept + final_norm) * tokens + casts + max(0.0, moment * tokens + dequantized - loss_bytes(run))
+    final_norm = (norm_bytes(run) + c * layer.hidden) * tokens
+    return kept * tokens + cast_bytes(run) + final_norm + max(0.0, moment - loss_bytes(run) - final_norm)
 
 
 def loss_bytes(run: Run) -> float:
     """Bytes of the output head and the loss.
 
-    Chunked: one chunk of logits in float32 with its softmax and gradient (3 x 4 bytes), the gradient of the hidden
-    states, cTH, and of a trained head, 4VH. Whole: the logits in the compute dtype, float32, their log-softmax and the
-    gradients of both, per token V(c + 4 + 4 + 4 + c).
+    Chunked: the logits of two chunks in the compute dtype, over which their gradient is written, because a chunk is let go
+    when the next one is there; the rows that carry loss and the gradient of the hidden states, cTH each; and for a trained
+    head its gradient in float32, 4VH, which at the end stands beside the last chunk and its copy in the dtype of the weight.
+    Whole: the logits in the compute dtype, float32, their log-softmax and the gradients of both, V(c + 4 + 4 + 4 + c).
     """
     layer, c = run.layer, run.compute_bytes
     tokens = run.tokens * run.num_sequences_factor
-    if run.fused_loss:
-        chunk = min(LOSS_CHUNK_ELEMENTS, math.ceil(tokens / run.loss_chunks) * run.vocab)
-        head = 4 * run.vocab * layer.hidden if run.head_trained else 0
-        return 12 * chunk + c * tokens * layer.hidden + head
-    return tokens * run.vocab * (2 * c + 12)
+    if not run.fused_loss:
+        return tokens * run.vocab * (2 * c + 12)
+    chunk = c * run.vocab * min(run.loss_rows, tokens)
+    second = c * run.vocab * min(run.loss_rows, max(tokens - run.loss_rows, 0))
+    head = run.vocab * layer.hidden if run.head_trained else 0
+    return 2 * c * tokens * layer.hidden + 4 * head + chunk + max(second, run.trained_bytes * head)
 
 
 def optimizer_bytes(run: Run) -> float:
     """Bytes of optimizer state; an optimizer that the table lacks is counted as Adam."""
-    per_parameter = OPTIMIZER_BYTES.get(run.optimizer, OPTIMIZER_BYTES["adamw"])
-    return run.num_trained * per_parameter(run.trained_bytes) / run.shard_optimizer
+    each = OPTIMIZER_BYTES.get(run.optimizer, OPTIMIZER_BYTES["adamw"])(run.trained_bytes)
+    embeddings = min(run.trained_embeddings, run.num_trained)
+    wider = EMBEDDINGS_IN_32_BITS.get(run.optimizer, each) - each
+    return (run.num_trained * each + embeddings * wider) / run.shard_optimizer
 
 
 def weight_bytes(run: Run) -> tuple[float, float]:
@@ -319,17 +374,56 @@ def forecast(run: Run) -> Forecast:
     )
 
 
+# What a change costs, as a share of the time of a step. Rough: only the order is used.
+HALVED_BATCH = 0.03  # kernels on fewer rows, as long as there are enough
+FEW_TOKENS = 2048  # of a micro-batch; below, a GPU is not full
+OFFLOADED_INPUTS = 0.02  # copies beside the computation
+OFFLOADED_WEIGHTS = 0.5  # copies of all frozen weights, which take longer than the computation of short batches
+TILED_MLP = 0.15  # the MLP's forward once more
+FOUR_BITS = 0.05  # dense copies of weights
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the config, and what it would need then."""
+    """A change of the config, what it would need then, and how much longer a step would take, as a share."""
 
     change: str
     effect: str
     forecast: Forecast
+    slowdown: float = 0.0
+
+
+def recomputation(run: Run) -> float:
+    """Share of a step that the second forward of gradient checkpointing adds.
+
+    A forward pass is one part of two where the weights are frozen and backward multiplies by them once, of three where it
+    also makes their gradients.
+    """
+    return 1 / (2 if run.is_adapter else 3)
+
+
+def checkpointing_remedies(run: Run, limit_bytes: float) -> list[tuple[str, str, float, Run]]:
+    """Gradient checkpointing of all layers, and the smallest part of it that fits `limit_bytes`."""
+    if run.checkpointing:
+        return []
+    whole, change, exact = recomputation(run), "gradient_checkpointing: true", "same result"
+    checkpointed = _checkpointed(run)
+    options = [(change, exact, whole, checkpointed)]
+    for every in (8, 4, 3, 2):
+        part = dataclasses.replace(checkpointed, checkpoint_every=every)
+        if every < run.num_layers and forecast(part).total <= limit_bytes:
+            text = f"{change}, gradient_checkpointing_kwargs: {{every_n_layers: {every}}}"
+            options.append((text, exact, whole / every, part))
+            break
+    if not run.compiled and run.attention_kind == "flash":
+        # Inside a compiled layer the results of single operators are not seen.
+        kept = dataclasses.replace(checkpointed, keeps_attention=True)
+        options.append((f"{change}, selective_checkpointing: true", exact, whole * 0.9, kept))
+    return options
 
 
 def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantize: bool) -> list[Remedy]:
-    """Changes that make a run smaller: first those that fit, then those that keep what is learnt, then by size.
+    """Changes that make a run smaller: first those that fit, then those that keep what is learnt, then the least slowdown.
 
     Args:
         limit_bytes: memory of the GPU.
@@ -337,60 +431,79 @@ def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantiz
         can_quantize: whether the base weights are frozen and not yet quantized.
     """
     exact, other = "same result", "another result"
-    options: list[tuple[str, str, Run]] = []
-    if not run.checkpointing:
-        options.append(("gradient_checkpointing: true", exact, dataclasses.replace(run, checkpointing=True)))
-    if not run.offload:
+    options = checkpointing_remedies(run, limit_bytes)
+    recomputed = 0.0 if run.checkpointing else recomputation(run)
+    if not run.offload and not run.offloads_by_default:
         both = dataclasses.replace(run, checkpointing=True, offload=True)
-        options.append(("gradient_checkpointing: true, activation_offloading: true", exact, both))
-    if run.is_adapter and not run.layers_on_host and run.weight_bits != 8:
-        on_host = dataclasses.replace(run, layers_on_host=True, checkpointing=True, offload=True)
+        text = "gradient_checkpointing: true, activation_offloading: true"
+        options.append((text, exact, recomputed + OFFLOADED_INPUTS, both))
+    loaded_whole = weight_bytes(run)[0] + CONTEXT_BYTES <= limit_bytes  # before its layers leave
+    if run.is_adapter and not run.layers_on_host and run.weight_bits != 8 and loaded_whole:
+        on_host = dataclasses.replace(_not_compiled(run), layers_on_host=True, checkpointing=True, offload=True)
         text = "gradient_checkpointing: true, activation_offloading: true, layer_offloading: true"
-        options.append((text, exact, on_host))
+        options.append((text, exact, recomputed + OFFLOADED_INPUTS + OFFLOADED_WEIGHTS, on_host))
     if run.mlp_tiles <= 1 and run.layer.active_experts == 1 and run.row_length > run.layer.hidden:
         tiles = math.ceil(run.row_length / run.layer.hidden)
-        tiled = dataclasses.replace(run, checkpointing=True, mlp_tiles=tiles)
-        options.append(("gradient_checkpointing: true, tiled_mlp: true", exact, tiled))
+        tiled = dataclasses.replace(_not_compiled(run), checkpointing=True, mlp_tiles=tiles)
+        options.append(("gradient_checkpointing: true, tiled_mlp: true", exact, recomputed + TILED_MLP, tiled))
     if run.attention_kind == "eager":
-        options.append(("flash_attention: true", exact, dataclasses.replace(run, attention_kind="flash")))
-    size = micro_batch_size
+        options.append(("flash_attention: true", exact, 0.0, dataclasses.replace(run, attention_kind="flash")))
+    size, cost = micro_batch_size, 0.0
     while size > 1:
         size = math.ceil(size / 2)
         smaller = dataclasses.replace(run, tokens=run.tokens * size // micro_batch_size)
+        cost += HALVED_BATCH if smaller.tokens >= FEW_TOKENS else 10 * HALVED_BATCH
         change = f"micro_batch_size: {size}, gradient_accumulation_steps x {micro_batch_size // size}"
-        options.append((change, exact, smaller))
-        options.append(
-            (f"gradient_checkpointing: true, {change}", exact, dataclasses.replace(smaller, checkpointing=True))
-        )
-    if OPTIMIZER_BYTES.get(run.optimizer, OPTIMIZER_BYTES["adamw"])(run.trained_bytes) > 2.1:
-        small = dataclasses.replace(run, optimizer="adamw_8bit")
-        options.append(("optimizer: adamw_8bit", other, small))
+        options.append((change, exact, cost, smaller))
         if not run.checkpointing:
-            small = dataclasses.replace(small, checkpointing=True)
-            options.append(("gradient_checkpointing: true, optimizer: adamw_8bit", other, small))
+            both = _checkpointed(smaller)
+            options.append((f"gradient_checkpointing: true, {change}", exact, recomputed + cost, both))
+    small = dataclasses.replace(run, optimizer="adamw_8bit")
+    if optimizer_bytes(run) - optimizer_bytes(small) > 0.01 * forecast(run).total:
+        options.append(("optimizer: adamw_8bit", other, 0.0, small))
+        if not run.checkpointing:
+            small = _checkpointed(small)
+            options.append(("gradient_checkpointing: true, optimizer: adamw_8bit", other, recomputed, small))
     if can_quantize:
         small = dataclasses.replace(run, weight_bits=4)
-        options.append(("adapter: qlora, load_in_4bit: true", other, small))
-        small = dataclasses.replace(small, checkpointing=True)
-        options.append(("adapter: qlora, load_in_4bit: true, gradient_checkpointing: true", other, small))
+        options.append(("adapter: qlora, load_in_4bit: true", other, FOUR_BITS, small))
+        if not run.checkpointing:
+            small = _checkpointed(small)
+            text = "adapter: qlora, load_in_4bit: true, gradient_checkpointing: true"
+            options.append((text, other, FOUR_BITS + recomputed, small))
     if not run.is_adapter:
-        for text, bits in (("adapter: lora", 16), ("adapter: qlora, load_in_4bit: true", 4)):
-            options.append((f"{text}, gradient_checkpointing: true", other, _as_adapter(run, bits)))
+        for text, bits, cost in (("adapter: lora", 16, 0.0), ("adapter: qlora, load_in_4bit: true", 4, FOUR_BITS)):
+            options.append((f"{text}, gradient_checkpointing: true", other, cost, _as_adapter(run, bits)))
     if run.row_length > 1024:
         half = dataclasses.replace(run, tokens=run.tokens // 2, row_length=run.row_length // 2)
-        options.append((f"sequence_len: {run.row_length // 2}", other, half))
+        options.append((f"sequence_len: {run.row_length // 2}", other, 0.0, half))
     now = forecast(run).total
-    found = [Remedy(change, effect, forecast(option)) for change, effect, option in options]
+    found = [Remedy(change, effect, forecast(option), slowdown) for change, effect, slowdown, option in options]
     found = [remedy for remedy in found if remedy.forecast.total < now * 0.99]
     return sorted(
         found,
         key=lambda remedy: (
             remedy.forecast.total > limit_bytes,
             remedy.effect != exact,
-            remedy.change.count(","),
+            remedy.slowdown if remedy.forecast.total <= limit_bytes else remedy.forecast.total,
             remedy.forecast.total,
         ),
     )
+
+
+def _checkpointed(run: Run) -> Run:
+    """The same run with gradient checkpointing, and what that brings along."""
+    return dataclasses.replace(run, checkpointing=True, offload=run.offload or run.offloads_by_default)
+
+
+def _not_compiled(run: Run) -> Run:
+    """The same run with a key that leaves layers uncompiled: what follows a norm keeps its input."""
+    if not run.compiled:
+        return run
+    layer = run.layer
+    inputs = max(layer.linear_inputs, layer.num_norms * layer.hidden) + layer.ranks
+    layer = dataclasses.replace(layer, linear_inputs=inputs)
+    return dataclasses.replace(run, compiled=False, offloads_by_default=False, layer=layer)
 
 
 def _as_adapter(run: Run, bits: int) -> Run:
@@ -406,5 +519,7 @@ def _as_adapter(run: Run, bits: int) -> Run:
         trained_bytes=4,
         weight_bits=bits,
         head_trained=False,
+        trained_embeddings=0,
         checkpointing=True,
+        offload=run.offload or run.offloads_by_default,
     )

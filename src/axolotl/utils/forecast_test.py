@@ -10,13 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from axolotl.monkeypatch.compile_layers import compile_layers
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
-from axolotl.plan import _count_norms, decoder_layers, linear_input_features
+from axolotl.plan_run import _count_norms, decoder_layers, linear_input_features
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import (
     GIB,
     LayerShape,
     Run,
     bytes_per_quantized_weight,
+    cast_bytes,
     forecast,
     layer_bytes,
     optimizer_bytes,
@@ -96,6 +100,36 @@ def test_bytes_kept_by_a_layer(config_class, lora, dtype):
     )
     tolerance = 0.05 if config_class is LlamaConfig else 0.30
     assert layer_bytes(run) == pytest.approx(measured, rel=tolerance)
+
+
+KERNEL_KEYS = DictDefault(lora_mlp_kernel=True, lora_qkv_kernel=True, lora_o_kernel=True)
+
+
+@pytest.mark.parametrize("kind", ["kernels", "lora", "full"])
+def test_bytes_kept_by_a_compiled_layer(kind):
+    """The partition into what is kept and what is computed again is the compiler's; only code generation is left out."""
+    torch._dynamo.reset()
+    kept = []
+    for num_layers in (1, 3):
+        model = build(LlamaConfig, num_layers, lora=kind != "full", dtype=torch.bfloat16)
+        if kind == "kernels":
+            apply_lora_kernel_patches(model, KERNEL_KEYS)
+        compile_layers(model, {"backend": "aot_eager_decomp_partition"})
+        kept.append(kept_bytes(model, autocast=True))
+    layer = decoder_layers(model)[0]
+    inputs = linear_input_features(layer, own_copies=False) - 7 * 4 + 64 if kind == "lora" else 0
+    shape = LayerShape(
+        hidden=64, intermediate=160, attention=64, key_value=32, linear_inputs=inputs, ranks=0 if kind == "full" else 7 * 4
+    )  # fmt: skip
+    run = Run(
+        layer=shape, num_layers=1, vocab=64, tokens=TOKENS, row_length=TOKENS, num_params=0,
+        num_trained=sum(p.numel() for p in layer.parameters() if p.requires_grad), is_adapter=kind != "full",
+        trained_bytes=4, num_heads=4, compiled=True, lora_kernels=kind == "kernels",
+    )  # fmt: skip
+    # The casts of adapters, which the kernels take, are the same for any number of tokens, and at 64 tokens they show.
+    casts = cast_bytes(run) if run.lora_kernels else 0
+    expected = layer_bytes(run) + casts / TOKENS
+    assert expected == pytest.approx((kept[1] - kept[0]) / 2 / TOKENS, rel=0.05)
 
 
 def llama_8b(**changes) -> Run:
@@ -191,12 +225,27 @@ def test_remedies_are_ranked_and_honest():
     found = remedies(run, 24 * GIB, micro_batch_size=2, can_quantize=True)
     fits = [remedy.forecast.total <= 24 * GIB for remedy in found]
     assert fits == sorted(fits, reverse=True) and fits[0]
-    assert found[0].change == "gradient_checkpointing: true" and found[0].effect == "same result"
+    assert found[0].change == "gradient_checkpointing: true, selective_checkpointing: true"
+    assert found[1].change == "gradient_checkpointing: true" and found[0].effect == found[1].effect == "same result"
+    exact = [
+        remedy.slowdown for remedy in found if remedy.effect == "same result" and remedy.forecast.total <= 24 * GIB
+    ]
+    assert exact == sorted(exact)
     assert all(remedy.forecast.total < forecast(run).total for remedy in found)
     assert (
         not remedies(llama_8b(checkpointing=True), 1 * GIB, micro_batch_size=1, can_quantize=False)[0].forecast.total
         < GIB
     )
+
+
+def test_no_more_is_computed_again_than_must_be():
+    run = llama_8b(compiled=True, lora_kernels=True)
+    whole = forecast(run).total
+    one_layer = (whole - forecast(dataclasses.replace(run, checkpointing=True)).total) / run.num_layers
+    found = remedies(run, whole - 5 * one_layer, micro_batch_size=1, can_quantize=True)
+    # Every sixth layer of 32 would do; the next proposal is every fourth.
+    assert found[0].change == "gradient_checkpointing: true, gradient_checkpointing_kwargs: {every_n_layers: 4}"
+    assert found[0].slowdown < found[1].slowdown and not any("selective" in remedy.change for remedy in found)
 
 
 def test_eager_attention_grows_with_the_square_of_the_length():
@@ -244,4 +293,4 @@ def test_every_knob_makes_the_run_smaller_by_what_it_moves():
     assert weight_bytes(plain)[0] - weight_bytes(on_host)[0] == pytest.approx(moved)
     long = dataclasses.replace(checkpointed, tokens=131072, row_length=131072)
     assert forecast(dataclasses.replace(long, mlp_tiles=32)).total < forecast(long).total
-    assert forecast(dataclasses.replace(plain, loss_chunks=10**6)).loss < forecast(plain).loss
+    assert forecast(dataclasses.replace(plain, loss_rows=128)).loss < forecast(plain).loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from axolotl.core.trainers.utils import evaluation_mode
-from axolotl.kernels.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from axolotl.kernels.cross_entropy import CHUNK_ELEMENTS, TokenLoss, entropy_weights, linear_cross_entropy
 
 IGNORE_INDEX = -100
 
@@ -177,7 +177,11 @@ def probe_logit_formula(run: Callable[..., Any], model: nn.Module, head: nn.Line
 
 @contextlib.contextmanager
 def fused_loss(
-    output_head: OutputHead, labels_BT: torch.Tensor, num_items: torch.Tensor | int, num_chunks: int | None = None
+    output_head: OutputHead,
+    labels_BT: torch.Tensor,
+    num_items: torch.Tensor | int,
+    num_chunks: int | None = None,
+    kind: TokenLoss | None = None,
 ) -> Iterator[None]:
     """Within the context, the model's own loss is the fused one, and its `logits` are an empty placeholder.
 
@@ -190,7 +194,9 @@ def fused_loss(
         labels_BT: shifted labels, int64.
         num_items: the token losses are summed and divided by this.
         num_chunks: pieces that the rows go through the head in, at least; None for as many as memory asks for.
+        kind: what the loss of a token is; what the model does to its logits is filled in.
     """
+    kind = replace(kind or TokenLoss(), softcap=output_head.softcap, logit_scale=output_head.logit_scale)
     sums: list[torch.Tensor] = []
     head, model = output_head.head, output_head.model
 
@@ -204,9 +210,8 @@ def fused_loss(
                 head.weight,
                 labels_BT,
                 bias_V=head.bias,
-                softcap=output_head.softcap,
-                logit_scale=output_head.logit_scale,
                 chunk_elements=limit,
+                **vars(kind),
             )
         )
         return hidden_BTH.detach()[..., :1]
@@ -224,14 +229,20 @@ def fused_loss(
 
 
 def cross_entropy_of_logits(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, label_smoothing: float = 0.0
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, kind: TokenLoss | None = None
 ) -> torch.Tensor:
     """Sum of the token losses from logits and shifted labels. Only supervised rows are brought to fp32.
 
     Args:
-        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        kind: what the loss of a token is. The logits are those that the model returns: it has scaled and capped them.
     """
+    kind = kind or TokenLoss()
     labels_BT = labels_BT.to(logits_BTV.device)
     kept = labels_BT != IGNORE_INDEX
-    logits = logits_BTV[kept].float()
-    return F.cross_entropy(logits, labels_BT[kept], reduction="sum", label_smoothing=label_smoothing)
+    logits, labels = logits_BTV[kept].float(), labels_BT[kept]
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=kind.label_smoothing)
+    if kind.token_scaling:
+        losses = losses * torch.exp(-F.cross_entropy(logits.detach(), labels, reduction="none"))
+    if kind.entropy_top_k:
+        losses = losses * entropy_weights(logits, kind)[:, 0]
+    return losses.sum()

@@ -126,10 +126,22 @@ def varlen_refusal(
     return None
 
 
+def _has_large_heads(config: PretrainedConfig) -> bool:
+    """Whether a head is wider than flash attention takes."""
+    fields = config.get_text_config().to_dict()
+    layers = (fields.get("per_layer_config") or {}).values()
+    widths = [fields.get("head_dim"), fields.get("global_head_dim"), *(layer.get("head_dim") for layer in layers)]
+    known = [width for width in widths if width]
+    return (
+        max(known or [fields.get("hidden_size", 0) // (fields.get("num_attention_heads") or 1)])
+        > varlen.MAX_KERNEL_HEAD_DIM
+    )
+
+
 def _best_flash(wanted: str, config: PretrainedConfig, model_class: Any, sequence_len: int) -> tuple[str, str]:
     """What stands behind `flash_attention_2/3/4` on this machine, and why."""
     cuda = torch.cuda.is_available()
-    if cuda and (model_class is None or model_class._supports_flash_attn):
+    if cuda and not _has_large_heads(config) and (model_class is None or model_class._supports_flash_attn):
         candidates = _FLASH_PACKAGES if wanted == "flash_attention_2" else (wanted,)
         for name in candidates:
             package = ATTENTION[name].package

@@ -9,6 +9,7 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from axolotl.exceptions import ConfigError
-from axolotl.monkeypatch.attention import varlen
+from axolotl.monkeypatch.attention import table, varlen
 from axolotl.monkeypatch.attention.table import ATTENTION, resolve_attention
 from axolotl.utils.dict import DictDefault
 
@@ -86,3 +87,19 @@ def test_shifted_attention_is_chosen_for_training_only():
     odd = LlamaConfig(num_attention_heads=3, hidden_size=48)
     with pytest.raises(ConfigError, match="odd number of heads"):
         resolve_attention(cfg, odd, LlamaForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), "flash_attention_4"),
+        (LlamaConfig(head_dim=512), varlen.NAME),
+        (Gemma4TextConfig(num_hidden_layers=6), varlen.NAME),
+    ],
+    ids=["128", "512", "512 in some layers"],
+)
+def test_heads_wider_than_256_pass_the_flash_packages_by(config, expected, monkeypatch) -> None:
+    monkeypatch.setattr(table.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(table, "_package_present", lambda name: True)
+    cfg = DictDefault(attn_implementation="flash_attention_2")
+    assert resolve_attention(cfg, config, LlamaForCausalLM) == expected

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from axolotl.exceptions import ModelError
+from axolotl.kernels.quantize import split_state
 from axolotl.monkeypatch.gradient_checkpointing.offload_cpu import HostStore
 from axolotl.monkeypatch.gradient_checkpointing.offload_disk import Disco
 from axolotl.monkeypatch.gradient_checkpointing.selective import Selection, Tally
@@ -28,6 +29,7 @@ from axolotl.monkeypatch.gradient_checkpointing.selective import Selection, Tall
 Offloading = Literal[True, "legacy", "disk", "hidden_states"]
 MARK = "_axolotl_activation_policies"
 MIN_BYTES = 1024  # smaller tensors cost more to move than they take
+SMALL_SHARE = 8  # so do those below this part of the largest: their copy back would wait behind that of a large one
 
 
 class Store(Protocol):
@@ -61,15 +63,18 @@ class Offloaded(saved_tensors_hooks):
         self._store = store
         self._weights = weights
         self._seen: dict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = {}
+        self._largest = MIN_BYTES
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_floating_point()
-        if not plain or tensor.numel() * tensor.element_size() < MIN_BYTES:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not plain or num_bytes < max(MIN_BYTES, self._largest // SMALL_SHARE):
             return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._weights:
             return tensor
+        self._largest = max(self._largest, num_bytes)
         reference = StorageWeakRef(storage)
         key = (reference.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         seen = self._seen.get(key)
@@ -87,6 +92,28 @@ class Offloaded(saved_tensors_hooks):
         self._seen.clear()  # the graph alone decides from here on how long each tensor is kept
 
 
+def weight_storages(module: nn.Module) -> frozenset[int]:
+    """Addresses of the storages of parameters, buffers and what belongs to quantized weights."""
+    tensors: list[torch.Tensor] = [*module.parameters(), *module.buffers()]
+    for parameter in module.parameters():
+        state = getattr(parameter, "fp8_state", None) or getattr(parameter, "quant_state", None)
+        tensors += [tensor for tensor in split_state(state)[0] if tensor is not None]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_meta)
+
+
+class OffloadedCheckpoint:
+    """A checkpoint function whose saved inputs go to a store. What it recomputes is not touched."""
+
+    def __init__(self, function: Callable[..., Any], store: Store):
+        self.function = function
+        self.store = store
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with Offloaded(self.store):
+            return self.function(*args, **kwargs)
+
+
 class _OffloadDuringForward:
     """Hooks of a decoder: while its forward runs in training, what autograd saves goes to a store."""
 
@@ -97,10 +124,7 @@ class _OffloadDuringForward:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         context = None
         if module.training and torch.is_grad_enabled():
-            tensors = (*module.parameters(), *module.buffers())
-            context = Offloaded(
-                self._store, frozenset(t.untyped_storage().data_ptr() for t in tensors if not t.is_meta)
-            )
+            context = Offloaded(self._store, weight_storages(module))
             context.__enter__()
         self._open.append(context)
 
@@ -144,12 +168,12 @@ def apply_activation_policies(
         original(enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs)
         layers = [module for module in base.modules() if "_gradient_checkpointing_func" in vars(module)]
         tally = Tally(sum("gradient_checkpointing" in vars(layer) and layer.gradient_checkpointing for layer in layers))
-        for layer in layers if enable else ():
+        inputs_only = store is not None and offloading is not True
+        for layer in layers if enable and (selection is not None or inputs_only) else ():
             function = gradient_checkpointing_func
             if selection is not None:
                 function = selection.checkpoint_function(layer, base.config, function, tally)
-            inputs_only = store is not None and offloading is not True
-            layer._gradient_checkpointing_func = _offload_inputs(function, store) if inputs_only else function
+            layer._gradient_checkpointing_func = OffloadedCheckpoint(function, store) if inputs_only else function
 
     base._set_gradient_checkpointing = set_with_policies
     handles = []
@@ -167,14 +191,3 @@ def remove_activation_policies(model: nn.Module) -> None:
     for handle in vars(model).pop(MARK, ()):
         handle.remove()
     vars(model).pop("_set_gradient_checkpointing", None)
-
-
-def _offload_inputs(function: Callable[..., Any], store: Store) -> Callable[..., Any]:
-    """`function`, a checkpoint, with the inputs that it saves in `store`. What it recomputes is not touched."""
-
-    @functools.wraps(function)
-    def checkpoint_elsewhere(*args: Any, **kwargs: Any) -> Any:
-        with Offloaded(store):
-            return function(*args, **kwargs)
-
-    return checkpoint_elsewhere

@@ -23,6 +23,8 @@ from axolotl.core.trainers.causal_loss import (
     shift_labels,
 )
 from axolotl.core.trainers.utils import kept_random_state
+from axolotl.exceptions import ConfigError
+from axolotl.kernels.cross_entropy import TokenLoss
 from axolotl.utils.data.bins import EmptyBatch
 from axolotl.utils.logging import get_logger
 
@@ -40,11 +42,13 @@ class TokenLossMixin(Trainer):
         base = self._base_causal_model()
         self.is_causal_lm = is_causal_lm(base)
         self.owns_loss = self.is_causal_lm and self.compute_loss_func is None
+        if self.args.loss_entropy_top_k and not self.owns_loss:
+            raise ConfigError(
+                "`use_eaft: true` weighs the loss of the next token, and this model has another loss. Remove it."
+            )
         self._output_head: OutputHead | str | None = None
         if not self.args.fused_linear_loss:
             self._output_head = "`fused_linear_loss` is off"
-        if self.label_smoother is not None:
-            self._output_head = "`label_smoothing_factor` needs them"
         # A model that does not take `num_items_in_batch` gets its loss computed here, from its logits.
         self._model_takes_num_items = self.model_accepts_loss_kwargs
         if self.owns_loss:
@@ -136,21 +140,33 @@ class TokenLossMixin(Trainer):
         wants_logits = return_outputs and not self._eval_counts_tokens
         head = self._output_head if wants_logits else self._find_output_head(model)
         labels_BT = shift_labels(inputs)
+        kind = self._kind_of_loss(model)
         if isinstance(head, OutputHead) and not wants_logits:
-            with fused_loss(head, labels_BT, num_items, self.args.loss_num_chunks):
+            with fused_loss(head, labels_BT, num_items, self.args.loss_num_chunks, kind):
                 outputs = model(**inputs)
             loss = outputs["loss"]
-        elif self._model_takes_num_items and self.label_smoother is None:
+        elif self._model_takes_num_items and kind == TokenLoss():
             outputs = model(**inputs, num_items_in_batch=num_items)
             loss = outputs["loss"]
         else:
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-            smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-            loss = cross_entropy_of_logits(outputs["logits"], labels_BT, smoothing) / num_items
+            loss = cross_entropy_of_logits(outputs["logits"], labels_BT, kind) / num_items
             if outputs.get("aux_loss") is not None:
                 loss = loss + self._base_causal_model().config.router_aux_loss_coef * outputs["aux_loss"]
         loss = self._weigh_router_loss(loss, outputs, own_count / num_items) * scale
         return (loss, outputs) if return_outputs else loss
+
+    def _kind_of_loss(self, model: torch.nn.Module) -> TokenLoss:
+        """What is learnt may be weighed; what is measured stays the plain loss."""
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        if not model.training:
+            return TokenLoss(label_smoothing=smoothing)
+        return TokenLoss(
+            label_smoothing=smoothing,
+            token_scaling=self.args.loss_token_scaling,
+            entropy_top_k=self.args.loss_entropy_top_k,
+            entropy_alpha=self.args.loss_entropy_alpha,
+        )
 
     def _weigh_router_loss(self, loss: torch.Tensor, outputs: Any, share: torch.Tensor) -> torch.Tensor:
         """Models add a whole router loss per micro-batch; over a step it has to count once, by share of tokens."""

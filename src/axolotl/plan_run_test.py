@@ -1,0 +1,94 @@
+"""What a config says about the memory of its run, and what is said when it is too much."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig
+
+from axolotl.cli.plan import planned_machine
+from axolotl.plan import describe_shortage
+from axolotl.plan_run import (
+    build_blank_model,
+    compiles_layers,
+    decoder_layers,
+    lora_kernels_that_fit,
+    loss_rows,
+    offloads_by_default,
+    read_run,
+)
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.forecast import GIB, forecast
+from axolotl.utils.gpus import capabilities_of
+from tests.tiny import make_tiny_model
+
+KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
+HOPPER = {"capabilities": {"compute_capability": "sm_90"}}
+
+
+def test_nothing_is_compiled_without_a_gpu_or_against_what_is_written(tmp_path):
+    config = make_tiny_model(tmp_path, "llama").config
+    assert not compiles_layers(DictDefault(), config)
+    assert not compiles_layers(DictDefault(torch_compile=False, **HOPPER), config)
+    assert compiles_layers(DictDefault(torch_compile=True), config)
+    assert compiles_layers(DictDefault(HOPPER), config)
+
+
+def test_checkpointing_of_wide_layers_brings_offloading():
+    wide = LlamaConfig(hidden_size=4096)
+    cfg = {"micro_batch_size": 1, "sequence_len": 8192, **HOPPER}
+    assert offloads_by_default(DictDefault(cfg), wide)
+    assert not offloads_by_default(DictDefault(activation_offloading=False, **cfg), wide)
+    assert not offloads_by_default(DictDefault(cfg), LlamaConfig(hidden_size=1024))
+    two = {"compute_capability": "sm_90", "n_gpu": 2}
+    assert not offloads_by_default(DictDefault({**cfg, "capabilities": two}), wide)
+
+
+def test_lora_kernels_count_where_they_find_their_projections(tmp_path):
+    cfg = DictDefault(KERNELS)
+    fused = {}
+    for kind in ("llama", "phi3"):
+        model = make_tiny_model(tmp_path, kind)
+        fused[kind] = lora_kernels_that_fit(cfg, model.config, decoder_layers(model)[0])
+    assert fused == {"llama": set(KERNELS), "phi3": set()}
+    # Another model with projections such as those of Phi-3, which has one for q, k and v and one for gate and up.
+    layer = decoder_layers(model)[0]
+    assert lora_kernels_that_fit(cfg, DictDefault(model_type="llama"), layer) == {"lora_o_kernel"}
+    assert not lora_kernels_that_fit(cfg, DictDefault(model_type="deepseek_v3"), layer)
+
+
+def test_rows_of_the_loss():
+    assert loss_rows(DictDefault(), 8192, 128256, 2) == 1024  # 2 * (2**26 // 128256) = 1046, in whole blocks
+    assert loss_rows(DictDefault(), 8192, 32064, 4) == 2048
+    assert loss_rows(DictDefault(chunked_cross_entropy=True), 8192, 32064, 4) == 1024
+    assert loss_rows(DictDefault(), 8192, 10**6, 2) == 128  # never fewer than a block
+
+
+def test_the_machine_of_a_plan():
+    named = planned_machine("t4")
+    assert named is not None and named["compute_capability"] == "sm_75" and not named["bf16"] and named["n_gpu"] >= 1
+    if torch.cuda.is_available():
+        assert planned_machine(None) is None
+    else:
+        assumed = planned_machine(None)
+        assert assumed is not None and assumed["compute_capability"] == capabilities_of("h100")["compute_capability"]
+
+
+def test_a_run_that_does_not_fit_is_told_so_before_it_begins(tmp_path):
+    make_tiny_model(tmp_path, "llama").config.save_pretrained(tmp_path)
+    cfg = DictDefault(
+        base_model=str(tmp_path), torch_dtype="bfloat16", bf16=True, sequence_len=65536, micro_batch_size=4,
+        pad_to_sequence_len=True, optimizer="adamw_torch_fused", **HOPPER,
+    )  # fmt: skip
+    from axolotl.loaders.utils import load_model_config
+
+    needed = forecast(read_run(cfg, *build_blank_model(cfg, load_model_config(cfg)))).total
+    assert describe_shortage(cfg, None, needed) is None
+    text = describe_shortage(cfg, None, needed - 1)
+    assert text is not None and f"{needed / GIB:.1f} GiB" in text
+    lines = text.splitlines()[1:]
+    assert (
+        lines[0].startswith("  micro_batch_size: 2, gradient_accumulation_steps x 2 (") and "same result)" in lines[0]
+    )
+    assert any("gradient_checkpointing: true" in line for line in lines)
+    assert cfg.resolution is None
+    assert describe_shortage(DictDefault({**cfg, "auto_find_batch_size": True}), None, 0) is None
