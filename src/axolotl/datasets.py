@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from axolotl.core.datasets.map_rows import map_rows
 from axolotl.exceptions import AxolotlError, DatasetError
-from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy, RowName, name_row
 
 BATCH_SIZE = 1000
 
@@ -28,11 +29,14 @@ class TokenizeRows:
     Args:
         strategy: the tokenizing strategy.
         name: the dataset as the user wrote it.
+        name_row: what errors call a row, from its index.
     """
 
-    def __init__(self, strategy: PromptTokenizingStrategy, name: str | None = None):
+    def __init__(self, strategy: PromptTokenizingStrategy, name: str | None = None, name_row: RowName = name_row):
         self.strategy = strategy
         self.name = name
+        self.name_row = name_row
+        strategy.name_row = name_row
 
     def __call__(self, rows: dict[str, Any], indices: int | list[int]) -> dict[str, Any]:
         self.strategy.row_offset = indices if isinstance(indices, int) else indices[0]
@@ -67,7 +71,7 @@ class TokenizeRows:
         return {key: [row.get(key) for row in tokenized] for key in columns}
 
     def _explained(self, error: Exception, index: int, row: dict[str, Any]) -> DatasetError:
-        where = f"Row {index}" + (f" of `{self.name}`" if self.name else "")
+        where = capitalized(self.name_row(index)) + (f" of `{self.name}`" if self.name else "")
         fields = ", ".join(f"`{key}`" for key in row)
         if isinstance(error, AxolotlError):
             return DatasetError(f"{where}: {error}")
@@ -77,6 +81,22 @@ class TokenizeRows:
                 "Rename the field, or name it in the config where the dataset type has a key for it."
             )
         return DatasetError(f"{where} cannot be tokenized: {type(error).__name__}: {error}. Its fields are {fields}.")
+
+
+def capitalized(text: str) -> str:
+    """A text as the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def _named_before(dataset: Dataset, kept: Dataset, named: RowName) -> RowName:
+    """The names of rows before `filter`, which keeps rows of the same Arrow table."""
+
+    def name(index: int) -> str:
+        before, after = dataset._indices, kept._indices
+        place = index if after is None else after.column(0)[index].as_py()
+        return named(place if before is None else int(np.flatnonzero(before.column(0).to_numpy() == place)[0]))
+
+    return name
 
 
 def _is_one_row(tokenized: Any) -> bool:
@@ -93,7 +113,7 @@ class TokenizedPromptDataset(Dataset):
         dataset: the rows.
         process_count: number of processes to use for tokenizing.
         keep_in_memory: whether to keep the tokenized dataset in memory.
-        kwargs: passed to `datasets.Dataset`, but for `name`, which errors call the dataset by.
+        kwargs: passed to `datasets.Dataset`, but for `name` and `name_row`, by which errors call the dataset and its rows.
     """
 
     def __init__(
@@ -108,6 +128,7 @@ class TokenizedPromptDataset(Dataset):
         self.process_count = process_count
         self.keep_in_memory = keep_in_memory
         self._dataset_name = kwargs.pop("name", None)
+        self._name_row: RowName = kwargs.pop("name_row", name_row)
         self.num_filtered = 0
         rows = self.process(dataset)
         # Without a fingerprint `Dataset` makes one of everything that this object holds: it would pickle the tokenizer.
@@ -115,18 +136,20 @@ class TokenizedPromptDataset(Dataset):
 
     def process(self, dataset: Dataset) -> Dataset:
         """`dataset`, tokenized."""
+        named = self._name_row
         if self.prompt_tokenizer.filter_rows:
             num_proc = min(self.process_count or 1, max(len(dataset), 1))
-            num_rows = len(dataset)
+            unfiltered = dataset
             dataset = dataset.filter(
                 self.prompt_tokenizer.filter_rows,
                 num_proc=num_proc if num_proc > 1 else None,
                 desc="Strategy Filtering Rows",
             )
-            self.num_filtered = num_rows - len(dataset)
+            self.num_filtered = len(unfiltered) - len(dataset)
+            named = _named_before(unfiltered, dataset, named)
         return map_rows(
             dataset,
-            TokenizeRows(self.prompt_tokenizer, self._dataset_name).blocks,
+            TokenizeRows(self.prompt_tokenizer, self._dataset_name, named).blocks,
             num_proc=self.process_count or 1,
             keep_in_memory=bool(self.keep_in_memory),
             desc="Tokenizing Prompts",

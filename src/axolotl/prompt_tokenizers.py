@@ -30,6 +30,13 @@ LLAMA_DEFAULT_UNK_TOKEN = "<unk>"
 
 Tokenized = dict[str, list[int]]
 TokenizedRows = dict[str, list[list[int]]]
+RowName = Callable[[int], str]
+"""What messages call a row of a dataset, from its index."""
+
+
+def name_row(index: int) -> str:
+    """The `RowName` of a dataset whose rows are those of its source."""
+    return f"row {index}"
 
 
 class InvalidDataException(Exception):
@@ -59,6 +66,8 @@ class PromptTokenizingStrategy(abc.ABC):
     filter_rows: Callable | None = None
     row_offset: int = 0
     """Index of the first row given to `tokenize_prompt`, for messages. Whoever walks a dataset sets it."""
+    name_row: RowName = staticmethod(name_row)
+    """What messages call a row. Whoever walks a part of a dataset sets it."""
 
     def __init__(
         self,

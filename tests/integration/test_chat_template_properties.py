@@ -26,7 +26,7 @@ CONTROL_TOKENS = tuple(
     <|eot|> <start_of_turn> <end_of_turn> <|turn> <turn|> <|tool_call> <tool_call|> <|tool_response> <tool_response|>
     <|user|> <|assistant|> <|system|> <|model|> <|end|> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [|user|]
     [|assistant|] [|system|] [|endofturn|] <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|>
-    <|SYSTEM_TOKEN|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <|bom|> <|eom|> <think> </think> <tool_call>
+    <|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <|bom|> <|eom|> <think> </think> <tool_call>
     </tool_call>""".split()  # noqa: SIM905
 )
 SEQUENCE_LEN = 4096
@@ -44,15 +44,17 @@ class Format:
         before: role -> what stands before a content.
         end: role -> what ends the turn; for the assistant, the end-of-turn token first.
         start: what begins the conversation.
+        no_system: what follows where there is no system text.
         close: what ends it.
         written: what the format makes of a content.
-        by_position: the roles must alternate, beginning with the user; a system text has no turn of its own.
+        alternates: the roles must alternate, beginning with the user; a system text has no turn of its own.
     """
 
     before: dict[str, str]
     end: dict[str, str]
     eot: str
     start: str = ""
+    no_system: str = ""
     close: str = ""
     written: Callable[[str], str] = as_it_is
     alternates: bool = False
@@ -60,6 +62,8 @@ class Format:
     def pieces(self, turns: list[dict[str, str]]) -> list[tuple[str, int | None]]:
         """Text, and the turn whose content it is."""
         pieces: list[tuple[str, int | None]] = [(self.start, None)]
+        if turns[0]["role"] != "system":
+            pieces.append((self.no_system, None))
         for index, turn in enumerate(turns):
             pieces += [
                 (self.before[turn["role"]], None),
@@ -89,7 +93,7 @@ FORMATS: dict[str, Format] = {
         written=str.strip,
     ),
     "llama4": Format(
-        **alike("<|header_start|>{}<|header_end|>\n\n", "<|eot|>"), eot="<|eot|>", start="<s>", written=str.strip
+        **alike("<|header_start|>{}<|header_end|>\n\n", "<|eot|>", "user assistant"), eot="<|eot|>", start="<s>"
     ),
     "gemma": Format(
         **alike("<start_of_turn>{}\n", "<end_of_turn>\n", "user assistant", assistant="model"),
@@ -148,6 +152,15 @@ FORMATS: dict[str, Format] = {
         written=str.strip,
         alternates=True,
     ),
+    "command_a": Format(
+        before={"user": COHERE.format("USER"), "assistant": COHERE.format("CHATBOT") + "<|START_RESPONSE|>"},
+        end={"user": "<|END_OF_TURN_TOKEN|>", "assistant": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"},
+        eot="<|END_RESPONSE|>",
+        start="<s>",
+        no_system=COHERE.format("SYSTEM") + "<|END_OF_TURN_TOKEN|>",
+        written=str.strip,
+        alternates=True,
+    ),
     "deepseek_v2": Format(
         before={"system": "", "user": "User: ", "assistant": "Assistant: "},
         end={"system": "\n\n", "user": "\n\n", "assistant": "</s>"},
@@ -160,7 +173,9 @@ FORMATS: dict[str, Format] = {
         eot="<｜end▁of▁sentence｜>",
         start="<s>",
     ),
-    "jamba": Format(**alike("<|bom|><|{}|> ", "<|eom|>"), eot="<|eom|>", start="<s>"),
+    "jamba": Format(
+        **alike("<|bom|><|{}|> ", "<|eom|>"), eot="<|eom|>", start="<s>", no_system="<|bom|><|system|> <|eom|>"
+    ),
     "gemma4": Format(
         **alike("<|turn>{}\n", "<turn|>\n", "system user assistant", assistant="model"),
         eot="<turn|>",
@@ -281,7 +296,9 @@ END_OF_TURN = {
     **{name: format.eot for name, format in FORMATS.items()},
     "alpaca": "</s>",
     "aya": "<|END_OF_TURN_TOKEN|>",
+    "command_a_rag": "<|END_RESPONSE|>",
     "exaone": "[|endofturn|]",
+    "exaone4": "[|endofturn|]",
     "gemma3n": "<end_of_turn>",
     "llama3_2_vision": "<|eot_id|>",
     "llava": "</s>",

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from axolotl.exceptions import OutputError
 from axolotl.utils.data import fingerprint
-from axolotl.utils.data.cache import MARKER, find_damage
+from axolotl.utils.data.cache import MARKER, find_damage, load_prepared
 from axolotl.utils.data.fingerprint import CONFIG_KEYS, NOT_IN_ROWS, WatchedConfig, dataset_key
 from axolotl.utils.data.sft import build_rows, prepare
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.datasets import SFTDataset
-from tests.integration.training_runs import CommandLine
+from tests.integration.training_runs import RANKS, CommandLine
 from tests.tiny import CHATML, make_tiny_base, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,6 +271,55 @@ def test_killed_at_any_moment(desk):
     (made,) = list(prepared.glob("*/"))
     (expected,) = list((desk / "whole").glob("*/"))
     assert load_from_disk(str(made))[:] == load_from_disk(str(expected))[:]
+
+
+def prepare_again_and_again(folder: Path) -> None:
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"  # build anew what is there
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    while True:
+        prepare(config(folder), tokenizer)
+
+
+@pytest.mark.slow
+def test_killed_while_rows_take_the_place_of_others(tmp_path, tokenizer):
+    """Under the final name stand the old rows, the new ones, or for an instant none; never a part of them."""
+    cfg, rng = config(tmp_path), random.Random(2)
+    expected = prepare(cfg, tokenizer).train[:]
+    (folder,) = (Path(cfg.dataset_prepared_path) / name for name in folders(cfg))
+    first = (folder / MARKER).read_bytes()
+    for _ in range(8):
+        process = RANKS.Process(target=prepare_again_and_again, args=(tmp_path,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while (
+            not (folder / MARKER).exists() or (folder / MARKER).read_bytes() == first
+        ) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert not folder.exists() or find_damage(folder) is None
+    assert prepare(cfg, tokenizer).train[:] == expected
+
+
+@pytest.mark.slow
+def test_rows_that_are_made_anew_can_be_opened_meanwhile(tmp_path, tokenizer, caplog):
+    cfg = config(tmp_path)
+    expected = prepare(cfg, tokenizer).train[:]
+    (folder,) = (Path(cfg.dataset_prepared_path) / name for name in folders(cfg))
+    process = RANKS.Process(target=prepare_again_and_again, args=(tmp_path,))
+    process.start()
+    try:
+        markers, deadline = set(), time.monotonic() + 60
+        while len(markers) < 20 and time.monotonic() < deadline:
+            found = load_prepared(folder)
+            assert found is None or found[0][:] == expected
+            markers.add((folder / MARKER).read_bytes() if found and (folder / MARKER).exists() else b"")
+    finally:
+        process.kill()
+        process.join()
+    assert len(markers) == 20
+    assert "damaged" not in caplog.text
 
 
 @pytest.mark.slow

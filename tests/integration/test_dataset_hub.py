@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -94,6 +95,11 @@ def hub() -> Iterator[Hub]:
         }
         hub.add("org/tables", files)
         hub.add("org/mixed", {"rows.jsonl": lines(MIXED)})
+        more = gzip.compress(b'[{"n": 1180591620717411303424, "ratio": 0.1}]')
+        hub.add(
+            "org/mixed_parts",
+            {"train-0.jsonl": lines(MIXED), "train-1.json.gz": more, "test.jsonl": lines(MIXED)},
+        )
         hub.add("org/secret", {"rows.jsonl": lines(ROWS)}, private=True)
         hub.add("org/gated", {"rows.jsonl": lines(ROWS)}, gated=True)
         tokens = [{"input_ids": [n, n + 1, n + 2], "labels": [-100, n + 1, n + 2]} for n in range(9)]
@@ -145,6 +151,10 @@ def test_slices_of_tables(client):
 
 def test_json_is_read_as_it_is_written(client):
     assert client.rows(path="org/mixed") == [{**MIXED[0], "when": None}, MIXED[1]]
+    assert client.rows(path="org/mixed", streaming=True) == MIXED
+    parts = MIXED + [{"n": 2**70, "ratio": 0.1}]
+    assert client.rows(path="org/mixed_parts", streaming=True) == parts
+    assert client.rows(path="org/mixed_parts", split="train+test", streaming=True) == parts + MIXED
 
 
 def test_a_token_opens_what_is_private(client):

@@ -439,6 +439,9 @@ def test_s3(s3, monkeypatch):
     s3fs.S3FileSystem().mkdir("bucket")
     check_store("s3://bucket/data")
     assert load("s3://bucket/data/rows.jsonl", streaming=True) == ROWS
+    mixed = [{"content": "text"}, {"content": [{"type": "text", "text": "a"}], "n": 2**70}]
+    s3fs.S3FileSystem().pipe_file("bucket/mixed/rows.jsonl", lines(mixed))
+    assert load("s3://bucket/mixed", streaming=True) == mixed
     message = refusal("s3://nobody/rows.jsonl")
     assert "s3://nobody/rows.jsonl" in message
     assert "credentials" in message

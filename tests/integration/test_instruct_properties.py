@@ -43,7 +43,10 @@ TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "oasst": (("INSTRUCTION",), (), "RESPONSE"),
     "summarizetldr": (("article",), (), "summary"),
     "context_qa": (("article", "question"), (), "answer"),
+    "creative_acr.load_answer": (("instruction",), (), "revision"),
+    "metharme": (("prompt",), (), "generation"),
 }
+NUM_EOS = {"metharme": 3}
 
 
 @st.composite
@@ -69,7 +72,7 @@ def test_the_prompt_begins_the_example_and_the_answer_is_learnt(type_, data):
     ids, labels = tokenized["input_ids"], tokenized["labels"]
     assert len(ids) == len(labels) == len(tokenized["attention_mask"])
 
-    answer_ids = with_eos(tokenizer(row[answer])["input_ids"], tokenizer)
+    answer_ids = with_eos(tokenizer(row[answer])["input_ids"], tokenizer, NUM_EOS.get(type_, 1))
     learnt = [label for label in labels if label != -100]
     assert learnt == answer_ids[answer_ids[:1] == [tokenizer.bos_token_id] :]
     assert ids[len(ids) - len(learnt) :] == learnt
@@ -78,15 +81,16 @@ def test_the_prompt_begins_the_example_and_the_answer_is_learnt(type_, data):
     assert ids[: len(ids) - len(learnt)] == tokenizer(prompt)["input_ids"]
     assert all(row[name] in prompt for name in asked)
 
+    assert strategy.supports_batched
     everything = load(type_, tokenizer, DictDefault(sequence_len=8192, train_on_inputs=True)).tokenize_prompt(row)
     assert everything["input_ids"] == everything["labels"] == ids
     batch = strategy.tokenize_prompt({name: [value, value] for name, value in row.items()})
     assert batch == {key: [values, values] for key, values in tokenized.items()}
 
 
-def with_eos(ids: list[int], tokenizer) -> list[int]:
+def with_eos(ids: list[int], tokenizer, times: int = 1) -> list[int]:
     """Tokens of a text with EOS, where it has any and does not end with it."""
-    return ids if not ids or ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    return ids if not ids or ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id] * times
 
 
 def _prompt(strategy, row):

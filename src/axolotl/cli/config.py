@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 import textwrap
 import urllib.error
 import urllib.parse
@@ -18,9 +17,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from axolotl.utils.temporary import temporary_folder
 
 LOG = get_logger(__name__)
 
@@ -84,7 +85,7 @@ def _write_temporary(parsed: dict[str, Any], name: str) -> Path:
     """A parsed config as a file that the processes of a run can read again. Credentials are no longer in it."""
     import yaml
 
-    folder = Path(tempfile.mkdtemp(prefix="axolotl-"))
+    folder = temporary_folder("axolotl-")
     path = (folder / name).with_suffix(".yml")
     path.write_text(yaml.safe_dump(parsed, sort_keys=False), encoding="utf-8")
     return path
@@ -223,9 +224,17 @@ def load_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any
     return cfg
 
 
-def inspect_cfg(config: str | Path | DictDefault = Path("examples/"), **kwargs: Any) -> DictDefault:
-    """The config that `load_cfg` returns, for commands that only look: no folder is made, nothing is logged or set."""
-    cfg = check_cfg(*read_cfg(config, **kwargs))
+def inspect_cfg(
+    config: str | Path | DictDefault = Path("examples/"), *, machine: dict[str, Any] | None = None, **kwargs: Any
+) -> DictDefault:
+    """The config that `load_cfg` returns, for commands that only look: no folder is made, nothing is logged or set.
+
+    Args:
+        config: as in `load_cfg`.
+        machine: what `machine_capabilities` would say of another machine than this one.
+        **kwargs: as in `load_cfg`.
+    """
+    cfg = check_cfg(*read_cfg(config, **kwargs), machine=machine)
     resolve_cfg(cfg)
     return cfg
 
@@ -246,13 +255,15 @@ def read_cfg(config: str | Path | DictDefault, **kwargs: Any) -> tuple[DictDefau
     return cfg, path
 
 
-def check_cfg(cfg: DictDefault, path: Path | None = None) -> DictDefault:
-    """Stages [2] and [3]: the plugins of a config loaded, and the config validated."""
+@without_garbage_collection()
+def check_cfg(cfg: DictDefault, path: Path | None = None, *, machine: dict[str, Any] | None = None) -> DictDefault:
+    """Stages [2] and [3]: the plugins of a config loaded, and the config validated, for this machine or another one."""
     from axolotl.utils.config import validate_config
     from axolotl.utils.environment import env_capabilities, machine_capabilities
 
+    _find_modules_here()
     prepare_plugins(cfg)
-    cfg = validate_config(cfg, machine_capabilities(), env_capabilities())
+    cfg = validate_config(cfg, machine or machine_capabilities(), env_capabilities())
     if path is not None:
         cfg.axolotl_config_path = str(path)
     if cfg.plugins:
@@ -262,6 +273,13 @@ def check_cfg(cfg: DictDefault, path: Path | None = None) -> DictDefault:
     return cfg
 
 
+def _find_modules_here() -> None:
+    """Python paths in a config may name modules of the working directory, as they do under `python -m`, which launchers use."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
+@without_garbage_collection()
 def resolve_cfg(cfg: DictDefault) -> None:
     """Stage [4], in place: what the config means on this machine and for this model."""
     from axolotl.utils.config import normalize_cfg_datasets, normalize_config

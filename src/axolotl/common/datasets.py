@@ -28,7 +28,7 @@ class TrainDatasetMeta:
     Attributes:
         train_dataset: prepared rows, or a stream of batches of them.
         eval_dataset: rows held out, or None.
-        total_num_steps: optimizer steps of the run, or None when unknown.
+        total_num_steps: optimizer steps of all epochs, at most `max_steps`; None when unknown.
         report: numbers of the training rows: lengths, trained tokens, what was dropped and why, packing.
     """
 

@@ -32,8 +32,9 @@ from axolotl.utils.chat_templates.messages import (
     read_tools,
     read_turn,
     split_thinking,
+    variables_read_by,
 )
-from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Tokens, TurnSpans, common_prefix
+from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Borders, Tokens, TurnSpans, common_prefix
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -111,6 +112,11 @@ class ChatTemplatePrompter(Prompter):
     def chat_template_msg_variables(self) -> frozenset[str]:
         """The names that the template reads."""
         return names_read_by(self.chat_template)
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the template reads the tools of a conversation."""
+        return "tools" in variables_read_by(self.chat_template)
 
     def render(
         self, conversation: Sequence[Turn], tools: list | None = None, add_generation_prompt: bool = False
@@ -287,11 +293,8 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )
         if encoded.encodings:
-            tokens = []
-            for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True):
-                starts, ends = zip(*encoding.offsets, strict=True) if ids else ((), ())
-                tokens.append(Tokens(ids, starts, ends))
-            return tokens
+            pairs = zip(encoded["input_ids"], encoded.encodings, strict=True)
+            return [Tokens(ids, Borders(encoding, 0), Borders(encoding, 1)) for ids, encoding in pairs]
         return [self._aligned(text, ids) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def _aligned(self, text: str, ids: list[int]) -> Tokens:
@@ -435,8 +438,8 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                     turn[detail_key] = [{"begin_offset": 0, "end_offset": len(turn[key]) - 1, "train": learnt}]
         if self.split_thinking and turn["role"] == "assistant":
             split_thinking(turn, thinking_key)
-        for key in ("tool_calls", thinking_key):
-            if turn.get(key) and key not in prompter.chat_template_msg_variables:
+        for key, value in (("tool_calls", message.get("tool_calls")), (thinking_key, turn.get(thinking_key))):
+            if value and key not in prompter.chat_template_msg_variables:
                 self._warn_once(key, f"The messages have `{key}`, but the chat template does not write them.")
         return turn
 
@@ -452,7 +455,13 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             )
 
     def _get_tools(self, prompt: Mapping[str, Any]) -> list | None:
-        return read_tools(prompt, self.prompter.field_tools)
+        tools = read_tools(prompt, self.prompter.field_tools)
+        if tools and not self.prompter.writes_tools:
+            self._warn_once(
+                "tools",
+                f"The rows have tools (`{self.prompter.field_tools}`), but the chat template does not write them.",
+            )
+        return tools
 
     # labels
 
@@ -516,7 +525,8 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
 
     def _place(self, turn: Turn, row_index: int, turn_index: int) -> str:
         of = f" of `{self.dataset_name}`" if self.dataset_name else ""
-        return f"Row {row_index}{of}, turn {turn_index} ({turn['role']})"
+        row = self.name_row(row_index)
+        return f"{row[0].upper()}{row[1:]}{of}, turn {turn_index} ({turn['role']})"
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._said:

@@ -302,9 +302,29 @@ def test_an_empty_answer_is_reported_once_with_its_place(caplog, monkeypatch):
     ]
 
 
+def test_what_the_template_does_not_write_is_said(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    answer = {"role": "assistant", "content": "Yo", "tool_calls": [call], "reasoning_content": "why"}
+    row = {"messages": [{"role": "user", "content": "Hi"}, answer], "tools": TOOLS}
+    strategy_of("qwen3").tokenize_prompt(row)
+    assert "does not write" not in caplog.text
+    strategy_of("chatml").tokenize_prompt(row)
+    said = [record.message for record in caplog.records if "does not write" in record.message]
+    assert [message.partition(", but")[0] for message in said] == [
+        "The messages have `tool_calls`",
+        "The messages have `reasoning_content`",
+        "The rows have tools (`tools`)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        ({"conversations": [], "tools": [], "id": 3}, "no field `messages`.*Write `field_messages: conversations`"),
+        ({"chosen": [], "rejected": []}, "no field `messages`.*the right one as `field_messages`"),
         ({"messages": None}, "Messages is null. Please check `field_messages`"),
         ({"messages": 3}, "Unknown messages format"),
         ({"messages": []}, "holds no message"),

@@ -69,7 +69,10 @@ class RawInputOutputStrategy(PromptTokenizingStrategy):
         return tokenized
 
     def _segments(self, row: dict[str, Any]) -> Generator[tuple[bool, str], None, None]:
-        for number, (label, text) in enumerate(self.prompter.build_prompt(row["segments"] or ())):
+        found = row["segments"] or ()
+        if isinstance(found, str) or not all(isinstance(segment, Mapping) for segment in found):
+            raise DatasetError("`segments` must be a list of mappings, each with a `label` and a `text`.")
+        for number, (label, text) in enumerate(self.prompter.build_prompt(found)):
             if not isinstance(text, str):
                 raise DatasetError(f"`segments[{number}].text` is {type(text).__name__}, but it must be text.")
             yield label, text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy, Tokenized
+from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy
 from axolotl.prompters import AlpacaPrompter
 
 NUM_EOS_TOKENS = 3
@@ -17,18 +17,14 @@ class MetharmePromptTokenizingStrategy(InstructionPromptTokenizingStrategy):
     def parse_instruction_fields(self, prompt: dict[str, Any]) -> tuple[str, str, str]:
         return prompt["prompt"], "", prompt["generation"]
 
-    def _tokenize_texts(
+    def _token_ids(
         self, texts: Sequence[str], add_eos_token: bool = True, strip_bos_token: bool = False
-    ) -> list[Tokenized]:
-        rows = super()._tokenize_texts(texts, False, strip_bos_token)
+    ) -> list[list[int]]:
+        rows = super()._token_ids(texts, False, strip_bos_token)
         eos = self.tokenizer.eos_token_id
-        for row in rows:
-            ids = row["input_ids"]
-            if add_eos_token and ids and ids[-1] != eos and len(ids) < self.max_length:
-                count = min(NUM_EOS_TOKENS, self.max_length - len(ids))
-                ids += [eos] * count
-                row["labels"] += [eos] * count
-                row["attention_mask"] += [1] * count
+        for ids in rows:
+            if add_eos_token and ids and ids[-1] != eos:
+                ids += [eos] * min(NUM_EOS_TOKENS, max(self.max_length - len(ids), 0))
         return rows
 
 

@@ -29,6 +29,10 @@ class MistralPrompter(ChatTemplatePrompter):
     def chat_template_msg_variables(self) -> frozenset[str]:
         return frozenset({"tool_calls", "tool_call_id", "name", "reasoning_content"})
 
+    @property
+    def writes_tools(self) -> bool:
+        return True
+
     def render(
         self, conversation: Sequence[Turn], tools: list | None = None, add_generation_prompt: bool = False
     ) -> str:

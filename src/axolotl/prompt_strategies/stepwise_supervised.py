@@ -49,7 +49,7 @@ class StepwiseSupervisedPromptTokenizingStrategy:
 
     def tokenize_prompt(self, prompt: Mapping[str, Any]) -> Tokenized:
         """`input_ids`, `attention_mask` and `labels` (0, 1 or -100) of a row."""
-        completions, step_labels = prompt["completions"], [int(label) for label in prompt["labels"]]
+        completions, step_labels = prompt["completions"], [_as_int(label) for label in prompt["labels"]]
         if len(completions) != len(step_labels):
             raise DatasetError(
                 f"There are {len(completions)} `completions` but {len(step_labels)} `labels`; each step needs one label."
@@ -73,6 +73,12 @@ class StepwiseSupervisedPromptTokenizingStrategy:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _as_int(label: Any) -> int:
+    if not isinstance(label, bool | int):
+        raise DatasetError(f"One of the `labels` is {label!r}, but each must be true or false, or 0 or 1.")
+    return int(label)
 
 
 def load(tokenizer, cfg, ds_cfg: Mapping[str, Any] | None = None) -> StepwiseSupervisedPromptTokenizingStrategy:

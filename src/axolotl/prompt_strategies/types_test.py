@@ -11,6 +11,13 @@ from axolotl.utils.dict import DictDefault
 QA = {"question": "Q", "answer": "A"}
 ORCA = {"system_prompt": "S", "question": "Q", "response": "R"}
 SYSTEM = {"system": "S", "instruction": "I", "input": "", "output": "O"}
+CREATIVE = {
+    "instruction": "I",
+    "answer": "first",
+    "scores": {"depth": 3, "wit": None, "Ä": 4},
+    "critiques": "Dull.",
+    "revision": "second",
+}
 CHAT_PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately and concisely completes the request.\n\n"
@@ -49,6 +56,24 @@ def tokenized_text(tokenizer, type_, row, **ds_cfg):
         ("context_qa.load_v2", {**QA, "context": "C"}, "Context: C\nQuestion: Q\n|Answer: A</s>"),
         ("metharme", {"prompt": "P", "generation": "G"}, "P|G</s></s></s>"),
         (
+            "creative_acr.load_answer",
+            CREATIVE,
+            "Answer the following question in a comprehensive, in-depth, and creative way. Additionally your response should be "
+            "relevant, accurate, and free of any ambiguity.\nUSER: I\nASSISTANT:|second</s>",
+        ),
+        (
+            "creative_acr.load_critique",
+            CREATIVE,
+            "USER: Given the following question and answer, evaluate the answer. First give scores, then a critique.\n\n"
+            "Question: I\n\nAnswer: first\nASSISTANT:|depth: 3\nÄ: 4\nDull.</s>",
+        ),
+        (
+            "creative_acr.load_revise",
+            {**CREATIVE, "scores": "depth: 3\n", "critiques": ["Dull.", "Long."]},
+            "USER: Given the following question, answer and evaluation of the answer, write a better answer.\n\n"
+            "Question: I\n\nAnswer: first\n\nEvaluation:\ndepth: 3\nDull.\nLong.\nASSISTANT:|second</s>",
+        ),
+        (
             "input_output",
             {"segments": [{"label": False, "text": "Q: "}, {"label": True, "text": "A</s>"}]},
             "Q: |A</s>",
@@ -83,6 +108,19 @@ def test_answer_of_a_type(tiny_tokenizer, type_, row, answer):
     assert tokenized_text(tiny_tokenizer, type_, row).partition("|")[2].endswith(answer)
 
 
+def test_metharme_fills_what_room_there_is_with_eos(tiny_tokenizer):
+    room = len(tiny_tokenizer("P")["input_ids"]) + 1
+    strategy = load("metharme", tiny_tokenizer, DictDefault(sequence_len=room))
+    text = tiny_tokenizer.decode(strategy.tokenize_prompt({"prompt": "P", "generation": "G"})["input_ids"])
+    assert text == "<s>PG</s></s>"
+
+
+def test_creative_acr_needs_text(tiny_tokenizer):
+    strategy = load("creative_acr.load_critique", tiny_tokenizer, DictDefault(sequence_len=512))
+    with pytest.raises(DatasetError, match="`critiques` is null"):
+        strategy.tokenize_prompt({**CREATIVE, "critiques": None})
+
+
 def test_the_conversation_key_names_the_style(tiny_tokenizer):
     assert "<|im_start|>user\nI" in tokenized_text(tiny_tokenizer, "alpaca_chat", SYSTEM, conversation="chatml")
 
@@ -107,6 +145,9 @@ def test_input_output_batches_equal_rows(tiny_tokenizer):
         assert {key: values[index] for key, values in batch.items()} == strategy.tokenize_prompt({"segments": row})
     with pytest.raises(DatasetError, match=r"`segments\[0\]\.text` is NoneType"):
         strategy.tokenize_prompt({"segments": [{"label": True, "text": None}]})
+    for segments in ("text", ["text"]):
+        with pytest.raises(DatasetError, match="`segments` must be a list of mappings"):
+            strategy.tokenize_prompt({"segments": segments, "id": 1})
 
 
 def test_pygmalion_learns_answers_without_their_prefix(tiny_tokenizer):
@@ -135,6 +176,8 @@ def test_steps_have_their_label_on_the_separator(tiny_tokenizer, last_only, expe
     )
     with pytest.raises(DatasetError, match="2 `completions` but 1 `labels`"):
         strategy.tokenize_prompt({"prompt": "P", "completions": ["one", "two"], "labels": [True]})
+    with pytest.raises(DatasetError, match=r"One of the `labels` is '\+'"):
+        strategy.tokenize_prompt({"prompt": "P", "completions": ["one"], "labels": ["+"]})
 
 
 def test_llama2_chat(tiny_tokenizer):

@@ -7,14 +7,15 @@ writes a file of its own, so memory holds one block per process however many row
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
 import pickle
 import sys
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from datasets.arrow_writer import ArrowWriter, OptimizedTypedSequence
 from datasets.utils import tqdm
 
 from axolotl.exceptions import DatasetError
+from axolotl.utils.temporary import temporary_folder
 
 BLOCK_ROWS = 1000
 
@@ -60,12 +62,34 @@ def map_rows(
         DatasetError: a process died.
         Exception: what `convert` raised; of several processes the first that failed.
     """
+    with _settled():
+        return _map_rows(dataset, convert, num_proc, keep_in_memory, desc)
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Garbage is looked for only among what is made from here on.
+
+    A search that goes over all objects of torch and transformers takes longer than the tokens of a block; in a forked process it
+    would also copy their memory.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    if not is_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            gc.unfreeze()
+
+
+def _map_rows(dataset: Dataset, convert: Convert, num_proc: int, keep_in_memory: bool, desc: str | None) -> Dataset:
     if keep_in_memory:
         tables = [to_table(block) for block in _converted(dataset, convert, range(len(dataset)), desc)]
         tables = [table for table in tables if table.num_rows] or tables or [to_table({})]
         return concatenate_datasets([Dataset(table) for table in tables]) if len(tables) > 1 else Dataset(tables[0])
     num_proc = min(num_proc, -(-len(dataset) // BLOCK_ROWS)) if can_fork() else 1
-    folder = Path(tempfile.mkdtemp(prefix="rows-"))
+    folder = temporary_folder("rows-")
     if num_proc <= 1:
         _write(_converted(dataset, convert, range(len(dataset)), desc), folder / "0.arrow")
         return Dataset.from_file(str(folder / "0.arrow"))

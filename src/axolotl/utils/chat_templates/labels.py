@@ -6,7 +6,7 @@ learnt after all, for a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from axolotl.exceptions import DatasetError
@@ -83,23 +83,24 @@ class TurnLabels:
                 missing += [NotLearnt(index, "text")] if learnt[index] else []
                 continue
             parts = self.spans.parts(text, plain, tools, index, span)
+            ranges = [tokens.within(part, self.control_ids) for part in parts]
             if learnt[index]:
-                for first, last in self._ranges(turns[index], text, tokens, span, parts):
+                detailed = self._detailed_ranges(turns[index], text, tokens, span)
+                for first, last in ranges if detailed is None else detailed:
                     labels[first:last] = ids[first:last]
             found = [
                 (kind, option, place)
-                for part in parts
+                for _, end in ranges
                 for kind, (wanted_ids, option) in enumerate(self.ends.kinds())
-                for place in self._end_after(part, wanted_ids, text, tokens, plain, tools, index + 1)
+                for place in self._end_after(end, wanted_ids, text, tokens, plain, tools, index + 1)
             ]
             for kind, option, place in found:
                 last_ends[kind] = place
                 if option == "all" or (option == "turn" and learnt[index]):
                     labels[place] = ids[place]
-            _, end = tokens.within(span, self.control_ids)
-            ended = bool(found) or ids[end - 1] in self.control_ids
-            if learnt[index] and not ended and self.ends.any_is("all", "turn"):
-                missing.append(NotLearnt(index, "end"))
+            if learnt[index] and not found and self.ends.any_is("all", "turn"):
+                _, end = tokens.within(span, self.control_ids)
+                missing += [NotLearnt(index, "end")] if ids[end - 1] not in self.control_ids else []
         for kind, (_, option) in enumerate(self.ends.kinds()):
             if option == "last" and kind in last_ends:
                 labels[last_ends[kind]] = ids[last_ends[kind]]
@@ -107,7 +108,7 @@ class TurnLabels:
 
     def _end_after(
         self,
-        part: Span,
+        end: int,
         wanted: frozenset[int],
         text: str,
         tokens: Tokens,
@@ -115,8 +116,10 @@ class TurnLabels:
         tools: list | None,
         next_turn: int,
     ) -> list[int]:
-        """The place of the first token of `wanted` shortly after a turn, if it is not in the content of the next one."""
-        _, end = tokens.within(part, self.control_ids)
+        """The place of the first token of `wanted` shortly after a turn, if it is not in the content of the next one.
+
+        `end` is the token after the last of the turn.
+        """
         reach = range(end, min(end + END_TOKEN_REACH + 1, len(tokens.ids)))
         place = next((place for place in reach if tokens.ids[place] in wanted), None)
         if place is None:
@@ -127,12 +130,10 @@ class TurnLabels:
                 return []
         return [place]
 
-    def _ranges(
-        self, turn: Turn, text: str, tokens: Tokens, span: Span, parts: Sequence[Span]
-    ) -> Iterable[tuple[int, int]]:
-        """The ranges of tokens of a learnt turn that are learnt: all of its parts, or what the details of the turn say."""
+    def _detailed_ranges(self, turn: Turn, text: str, tokens: Tokens, span: Span) -> list[tuple[int, int]] | None:
+        """The ranges of tokens that the details of a learnt turn say are learnt; None without details: all of the turn."""
         if not turn.get(TRAINING_DETAIL) and not turn.get(THINKING_DETAIL):
-            return [tokens.within(part, self.control_ids) for part in parts]
+            return None
         ranges, begin = [], span[0]
         for key, detail_key in ((self.thinking_key, THINKING_DETAIL), ("content", TRAINING_DETAIL)):
             value, details = turn.get(key), turn.get(detail_key) or ()

@@ -55,13 +55,25 @@ def names_read_by(template: str) -> frozenset[str]:
     return frozenset(names)
 
 
+@functools.lru_cache(maxsize=64)
+def variables_read_by(template: str) -> frozenset[str]:
+    """Every variable that a template reads, such as `messages` and `tools`, and those that it sets itself."""
+    tree = _compile_jinja_template(template).environment.parse(template)
+    return frozenset(node.name for node in tree.find_all(jinja2.nodes.Name))
+
+
 def read_messages(row: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     """The messages of a row: a list, or the JSON of one.
 
     Raises:
         DatasetError: there are none, or they are something else.
-        KeyError: the row has no such field.
     """
+    if field not in row:
+        lists = [name for name, value in row.items() if isinstance(value, list) and name != "tools"]
+        hint = f"`field_messages: {lists[0]}`" if len(lists) == 1 else "the right one as `field_messages`"
+        raise DatasetError(
+            f"The row has no field `{field}`; its fields are {', '.join(f'`{name}`' for name in row)}. Write {hint}."
+        )
     messages = row[field]
     if messages is None:
         raise DatasetError(f"Messages is null. Please check `field_messages`. It is `{field}` here.")

@@ -15,11 +15,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
 from axolotl.utils.chat_templates.messages import Turn
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Span = tuple[int, int]
 Render = Callable[..., str]
@@ -29,6 +32,30 @@ _MARKER = "zzturn{}markerzz"
 _PLAIN_KEYS = frozenset({"role", "content"})
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _MAX_SKELETONS = 4096
+
+
+class Borders(Sequence[int]):
+    """The first character of every token (`side=0`), or the one after its last (`side=1`).
+
+    They stay in the encoding that `tokenizers` made: few are ever looked at, and Python numbers for all of them take a third
+    of the time of tokenizing.
+    """
+
+    def __init__(self, encoding: Encoding, side: int):
+        self._find = encoding.token_to_chars
+        self._num_tokens = len(encoding)
+        self._side = side
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def __getitem__(self, token: Any) -> Any:
+        if isinstance(token, slice):
+            return [self[index] for index in range(self._num_tokens)[token]]
+        found = self._find(token if token >= 0 else token + self._num_tokens)
+        if found is None:
+            raise IndexError(token)
+        return found[self._side]
 
 
 class Tokens(NamedTuple):

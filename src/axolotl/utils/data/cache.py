@@ -1,7 +1,8 @@
 """Prepared datasets on disk: `<dataset_prepared_path>/<key>`, whole or not at all.
 
-A dataset is written to a folder aside, flushed, marked and renamed. The marker lists the files with size and digest; a folder
-without a valid marker, or with other files than it lists, is said so and built again.
+A dataset is written to a folder aside, flushed, marked and renamed. One that it takes the place of is renamed away first, so
+that a process that is killed never leaves half of either under the final name. The marker lists the files with size and digest;
+a folder without a valid marker, or with other files than it lists, is said so and built again.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def save_prepared(
             _flush(file)
         _flush(whole)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, aside / "replaced")  # goes when `aside` does
         os.replace(whole, folder)
         _flush(folder.parent)
     except OSError as error:
@@ -87,21 +88,42 @@ def save_prepared(
 
 
 def load_prepared(folder: Path, keep_in_memory: bool = False) -> tuple[Dataset, dict[str, Any]] | None:
-    """A prepared dataset and its report, or None when there is none that is whole."""
-    if not folder.exists():
-        return None
-    damage = find_damage(folder)
-    if damage is None:
-        try:
-            dataset = load_from_disk(str(folder), keep_in_memory=keep_in_memory)
-            marker = json.loads((folder / MARKER).read_text())
-            if isinstance(dataset, Dataset) and len(dataset) == marker["rows"]:
-                return dataset, marker["report"]
-            damage = "the number of rows is not the one that was written"
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            damage = f"{type(error).__name__}: {error}"
-    LOG.warning_once(f"the prepared dataset in {folder} is damaged ({damage}); it is built again.")
+    """A prepared dataset and its report, or None when there is none that is whole.
+
+    Needs no lock: where another process puts a new dataset in the place of the one that is being opened, the new one is opened.
+    """
+    while folder.exists():
+        marker = _read_marker(folder)
+        found, damage = _load(folder, keep_in_memory)
+        if _read_marker(folder) != marker:
+            continue
+        if found is None:
+            LOG.warning_once(f"the prepared dataset in {folder} is damaged ({damage}); it is built again.")
+        return found
     return None
+
+
+def _read_marker(folder: Path) -> bytes | None:
+    """The marker, which is another one for every dataset that is written; None without one."""
+    try:
+        return (folder / MARKER).read_bytes()
+    except OSError:
+        return None
+
+
+def _load(folder: Path, keep_in_memory: bool) -> tuple[tuple[Dataset, dict[str, Any]] | None, str | None]:
+    """`(dataset and report, None)`, or `(None, what is wrong with the folder)`."""
+    damage = find_damage(folder)
+    if damage is not None:
+        return None, damage
+    try:
+        dataset = load_from_disk(str(folder), keep_in_memory=keep_in_memory)
+        marker = json.loads((folder / MARKER).read_text())
+        if isinstance(dataset, Dataset) and len(dataset) == marker["rows"]:
+            return (dataset, marker["report"]), None
+        return None, "the number of rows is not the one that was written"
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 def find_damage(folder: Path) -> str | None:
@@ -114,9 +136,14 @@ def find_damage(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _digest(file) != digest:
+        try:
+            found = file.stat().st_size
+            same = found == size and _digest(file) == digest
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if not same:
             return f"{name} has other content than was written"
     return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from fsspec.utils import infer_compression
 from axolotl.exceptions import DatasetError, MissingExtraError
 from axolotl.utils.data import json_lines
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.temporary import temporary_folder
 
 # In a CSV file only an empty cell is nothing: "NA", "null" and "None" are words.
 CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
@@ -222,10 +222,9 @@ def open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any
 
 
 def _read_json(files: Sequence[Path], config: DictDefault, common: dict[str, Any]) -> Dataset | IterableDataset:
-    names = [str(file) for file in files]
     if common["streaming"]:
         check_split(common["split"], ["train"], str(config.path))
-        return IterableDataset.from_generator(json_lines.iter_rows, gen_kwargs={"files": names})
+        return json_lines.stream([str(file) for file in files])
     try:
         rows = json_lines.read(files, common["cache_dir"])
     except DatasetError as error:
@@ -254,12 +253,10 @@ def unpack(file: Path, cache_dir: str | None) -> list[Path]:
         DatasetError: the archive cannot be opened, or holds no rows.
         MissingExtraError: a compressed file needs a package that is not installed.
     """
-    package = NEED_PACKAGE.get(file.suffix.lower())
-    if package and infer_compression(file.name.lower()) is None:
-        raise MissingExtraError(package, "compression", f"dataset file {file}")
+    check_compression(str(file))
     if not file.name.lower().endswith(ARCHIVES):
         return [file]
-    folder = Path(tempfile.mkdtemp(prefix="unpacked-", dir=cache_dir))
+    folder = temporary_folder("unpacked-", cache_dir)
     try:
         if file.suffix.lower() == ".zip":
             with zipfile.ZipFile(file) as archive:
@@ -274,6 +271,31 @@ def unpack(file: Path, cache_dir: str | None) -> list[Path]:
     if not inner:
         raise DatasetError(f"dataset file {file} holds no files of rows (json, csv, parquet, arrow, text).")
     return inner
+
+
+def check_compression(file: str) -> None:
+    """Raise `MissingExtraError` for a compressed file that needs a package that is not installed."""
+    package = NEED_PACKAGE.get(Path(file).suffix.lower())
+    if package and infer_compression(file.lower()) is None:
+        raise MissingExtraError(package, "compression", f"dataset file {file}")
+
+
+def stream_json(urls: Sequence[str], options: Mapping[str, Any]) -> IterableDataset | None:
+    """The rows of JSON files of a store, read as they are asked for; None for what only `datasets` reads.
+
+    Args:
+        urls: the files, all JSON.
+        options: for their file system.
+
+    Raises:
+        MissingExtraError: a compressed file needs a package that is not installed.
+    """
+    if any(url.lower().endswith(ARCHIVES) for url in urls):
+        return None
+    for url in urls:
+        check_compression(url)
+    # One of thousands says how all are written; reading a line of each would take minutes.
+    return json_lines.stream(urls, options) if json_lines.can_read(urls[:1], options) else None
 
 
 def take_split(loaded: DatasetDict, split: str, path: str) -> Dataset:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from typing import Any
 import datasets
 import fsspec
 import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.features.features import register_feature
 
 from axolotl.exceptions import DatasetError
+from axolotl.utils.temporary import temporary_folder
 
 ROWS_PER_BLOCK = 10_000
 BYTES_PER_BLOCK = 32 << 20
@@ -61,34 +61,50 @@ KINDS: dict[str, Any] = {
 }
 
 
-def can_read(files: Sequence[Path]) -> bool:
+File = Path | str
+"""A local file, or the URL of one."""
+
+Options = Mapping[str, Any]
+"""What the file system of an URL is told, such as its credentials."""
+
+
+def can_read(files: Sequence[File], options: Options | None = None) -> bool:
     """Whether the files are meant as rows: one per line, or one list. An object over many lines is left to `datasets`."""
-    return all(_holds_rows(file) for file in files)
+    return all(_holds_rows(file, options) for file in files)
 
 
-def _holds_rows(file: Path) -> bool:
-    head = _head(file)
+def _holds_rows(file: File, options: Options | None) -> bool:
+    head = _head(file, options)
     if not head.startswith(b"{"):
         return True  # a list, or nothing that can be read: `read` says which line is wrong
     line = head.partition(b"\n")[0].rstrip()
     return line.endswith(b"}") or len(line) >= (1 << 16) - 4
 
 
-def _head(file: Path) -> bytes:
+def _head(file: File, options: Options | None = None) -> bytes:
     """The first 64 KB after byte order mark and blanks. Opened by itself: some compressions cannot be read backwards."""
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
+    with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
         return stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
-def iter_rows(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+def iter_rows(files: Sequence[str], options: Options | None = None) -> Iterator[dict[str, Any]]:
     """The rows of JSON files one by one, for a stream.
+
+    Args:
+        files: paths or URLs.
+        options: for the file system of the URLs.
 
     Raises:
         DatasetError: a line is no JSON object; names file and line.
     """
     for file in files:
-        for row, _ in _rows(Path(file)):
+        for row, _ in _rows(file, options):
             yield row
+
+
+def stream(files: Sequence[str], options: Options | None = None) -> IterableDataset:
+    """As `iter_rows`, as a dataset whose pieces are the files."""
+    return IterableDataset.from_generator(iter_rows, gen_kwargs={"files": list(files), "options": dict(options or {})})
 
 
 def read(files: Sequence[Path], cache_dir: str | None = None) -> Dataset:
@@ -101,7 +117,7 @@ def read(files: Sequence[Path], cache_dir: str | None = None) -> Dataset:
     Raises:
         DatasetError: a line is no JSON object; names file and line.
     """
-    folder = tempfile.mkdtemp(prefix="json-", dir=cache_dir)
+    folder = temporary_folder("json-", cache_dir)
     kinds: dict[str, str] = {}
     while not _write(files, kinds, Path(folder) / "rows.arrow"):
         pass  # a later row widened a column; kinds can only widen, so this ends
@@ -213,10 +229,10 @@ def _blocks(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
         yield block
 
 
-def _rows(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    is_list = _head(file).startswith(b"[")
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
-        if file.suffix.lower() == ".zst":
+def _rows(file: File, options: Options | None = None) -> Iterator[tuple[dict[str, Any], int]]:
+    is_list = _head(file, options).startswith(b"[")
+    with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
+        if str(file).lower().endswith(".zst"):
             stream = io.BufferedReader(stream)  # that of zstandard has no lines
         if is_list:
             yield from _list_rows(file, stream.read())
@@ -227,7 +243,7 @@ def _rows(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 yield _parse(text, file, f"line {number}"), len(text)
 
 
-def _list_rows(file: Path, content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+def _list_rows(file: File, content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
@@ -239,7 +255,7 @@ def _list_rows(file: Path, content: bytes) -> Iterator[tuple[dict[str, Any], int
         yield row, size
 
 
-def _parse(line: bytes, file: Path, where: str) -> dict[str, Any]:
+def _parse(line: bytes, file: File, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:

@@ -9,7 +9,6 @@ import errno
 import http.client
 import os
 import shutil
-import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from axolotl.exceptions import AxolotlError, DatasetError, MissingExtraError
 from axolotl.utils.data import files
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.temporary import temporary_folder
 
 TIMEOUT_SECONDS = 60
 
@@ -61,9 +61,13 @@ def open_url(url: str, config: DictDefault, common: dict[str, Any]) -> Dataset |
         if common["streaming"]:
             urls = [filesystem.unstrip_protocol(name) for name in names]
             reader, arguments = files.reader_for(names[0], config)
-            options = {"storage_options": storage_options_of(url)}
-            return load_dataset(reader, data_files=urls, **arguments, **options, **common)
-        folder = Path(tempfile.mkdtemp(prefix="fetched-", dir=common["cache_dir"]))
+            options = storage_options_of(url)
+            rows = files.stream_json(urls, options) if reader == "json" else None
+            if rows is not None:
+                files.check_split(common["split"], ["train"], url)
+                return rows
+            return load_dataset(reader, data_files=urls, **arguments, storage_options=options, **common)
+        folder = temporary_folder("fetched-", common["cache_dir"])
         local = []
         for index, name in enumerate(names):
             # A folder each: two files of a store may have the same name.
@@ -165,7 +169,7 @@ def download(url: str, folder: str | None = None) -> Path:
         DatasetError: the server does not give the file, or it breaks off.
     """
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "data.json"
-    target = Path(tempfile.mkdtemp(prefix="download-", dir=folder)) / name
+    target = temporary_folder("download-", folder) / name
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, open(target, "wb") as file:
             shutil.copyfileobj(answer, file, 1 << 20)

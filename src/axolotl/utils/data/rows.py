@@ -6,15 +6,21 @@ Whole columns are looked at through their Arrow offsets, so a million rows take 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Dataset
+from datasets.table import InMemoryTable
 
 from axolotl.exceptions import DatasetError
+from axolotl.prompt_tokenizers import RowName, name_row
+from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.utils import get_dataset_lengths, list_lengths
+
+LOG = get_logger(__name__)
 
 IGNORE_INDEX = -100
 FILTERED = "left out by `filter_rows` of the strategy"
@@ -43,8 +49,8 @@ def count_trained_tokens(dataset: Dataset) -> np.ndarray:
     return found if dataset._indices is None else found[dataset._indices.column(0).to_numpy()]
 
 
-def check_token_columns(dataset: Dataset, name: str) -> None:
-    """Rows that are said to be tokens must be lists of integers of one length.
+def check_token_columns(dataset: Dataset, name: str, name_row: RowName = name_row) -> None:
+    """Rows that are said to be tokens must be lists of integers of one length. `name_row` is what errors call a row.
 
     Raises:
         DatasetError: names dataset, row and field.
@@ -58,20 +64,63 @@ def check_token_columns(dataset: Dataset, name: str) -> None:
         if not is_list or not pa.types.is_integer(arrow_type.value_type):
             raise DatasetError(f"dataset {name}: field `{column}` must hold lists of integers, not {arrow_type}.")
         if dataset.data.column(column).null_count:
-            row = next(i for i, value in enumerate(dataset.data.column(column)) if not value.is_valid)
-            raise DatasetError(f"dataset {name}, row {row}: field `{column}` is missing.")
+            missing = dataset.data.column(column).is_null().to_numpy()
+            missing = missing if dataset._indices is None else missing[dataset._indices.column(0).to_numpy()]
+            if missing.any():
+                raise DatasetError(f"dataset {name}, {name_row(int(np.argmax(missing)))}: field `{column}` is missing.")
         own = list_lengths(dataset, column)
         if lengths is None:
             lengths = own
         elif (own != lengths).any():
             row = int(np.argmax(own != lengths))
             raise DatasetError(
-                f"dataset {name}, row {row}: `{column}` has {own[row]} entries but `input_ids` has {lengths[row]}."
+                f"dataset {name}, {name_row(row)}: `{column}` has {own[row]} entries but `input_ids` has {lengths[row]}."
             )
 
 
+def check_token_ids(dataset: Dataset, name: str, num_tokens: int | None, name_row: RowName = name_row) -> None:
+    """Token ids and labels must be those of a tokenizer with `num_tokens` tokens, if known. A warning tells of larger ones.
+
+    The embedding of a model may have more rows than its tokenizer has tokens, so a larger id is odd but not always wrong.
+
+    Raises:
+        DatasetError: an id is negative. Names dataset, row and field.
+    """
+    for column, ignored in (("input_ids", 0), ("labels", IGNORE_INDEX)):
+        negative = _rows_with(dataset, column, lambda ids, ignored=ignored: (ids < 0) & (ids != ignored))
+        if negative.any():
+            raise DatasetError(
+                f"dataset {name}, {name_row(int(np.argmax(negative)))}: `{column}` has a negative number that stands for no token."
+            )
+        if num_tokens is None:
+            continue
+        unknown = _rows_with(dataset, column, lambda ids: ids >= num_tokens)
+        if unknown.any():
+            LOG.warning(
+                f"dataset {name}: {int(unknown.sum()):,} rows, the first of them {name_row(int(np.argmax(unknown)))}, have `{column}` "
+                f"that the tokenizer does not know: it has {num_tokens:,} tokens. Were they made with another tokenizer?"
+            )
+
+
+def _rows_with(dataset: Dataset, column: str, test: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """For each row whether `test` holds for any of its values, bool."""
+    found = []
+    for values, offsets in _list_chunks(dataset, column):
+        sums = np.concatenate([[0], np.cumsum(test(values), dtype=np.int64)])
+        found.append(sums[offsets[1:]] > sums[offsets[:-1]])
+    rows = np.concatenate(found) if found else np.zeros(0, bool)
+    return rows if dataset._indices is None else rows[dataset._indices.column(0).to_numpy()]
+
+
 def apply_length_policy(
-    dataset: Dataset, name: str, *, sequence_len: int, min_len: int, strategy: str, key: str = "sequence_len"
+    dataset: Dataset,
+    name: str,
+    *,
+    sequence_len: int,
+    min_len: int,
+    strategy: str,
+    key: str = "sequence_len",
+    name_row: RowName = name_row,
 ) -> tuple[Dataset, dict[str, int], int]:
     """Handle rows that are too long or too short.
 
@@ -82,6 +131,7 @@ def apply_length_policy(
         min_len: fewest tokens of a row.
         strategy: `drop`, `truncate` or `raise` for rows that are too long.
         key: the key that set `sequence_len`.
+        name_row: what errors call a row.
 
     Returns:
         `(rows that stay, {reason: rows dropped}, rows truncated)`.
@@ -92,7 +142,7 @@ def apply_length_policy(
     if num_long and strategy == "raise":
         row = int(np.argmax(too_long))
         raise DatasetError(
-            f"dataset {name}: {num_long} rows are longer than `{key}: {sequence_len}`; the first is row {row} with "
+            f"dataset {name}: {num_long} rows are longer than `{key}: {sequence_len}`; the first is {name_row(row)} with "
             f"{lengths[row]} tokens. Raise `{key}`, or write `excess_length_strategy: drop` or `truncate`."
         )
     truncated = 0
@@ -121,7 +171,28 @@ def truncate_rows(rows: dict[str, list[Any]], sequence_len: int) -> dict[str, li
 
 def select_rows(dataset: Dataset, keep: np.ndarray) -> Dataset:
     """The rows where `keep` is true; the dataset itself when that is all of them."""
-    return dataset if keep.all() else dataset.select(np.flatnonzero(keep))
+    return dataset if keep.all() else take_rows(dataset, np.flatnonzero(keep))
+
+
+def shuffle_rows(dataset: Dataset, seed: int) -> Dataset:
+    """The rows in the order of `dataset.shuffle(seed=seed)`."""
+    return take_rows(dataset, np.random.default_rng(seed).permutation(len(dataset)))
+
+
+def take_rows(dataset: Dataset, numbers: np.ndarray) -> Dataset:
+    """The rows of these numbers, in their order. `Dataset.select` does the same, but by way of 40 bytes of Python objects per row."""
+    if not len(numbers) or (int(numbers[-1]) - int(numbers[0]) + 1 == len(numbers) and (np.diff(numbers) == 1).all()):
+        return dataset.select(range(int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else [])
+    places = numbers if dataset._indices is None else dataset._indices.column(0).to_numpy()[numbers]
+    fingerprint = xxhash.xxh64(dataset._fingerprint.encode())
+    fingerprint.update(np.ascontiguousarray(numbers))
+    return Dataset(
+        dataset.data,
+        info=dataset.info,
+        split=dataset.split,
+        indices_table=InMemoryTable(pa.table({"indices": pa.array(places, type=pa.uint64())})),
+        fingerprint=fingerprint.hexdigest(),
+    )
 
 
 def add_position_ids(sample: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,17 @@ from axolotl.utils.data.rows import (
     apply_length_policy,
     count_trained_tokens,
     select_rows,
+    shuffle_rows,
+    take_rows,
 )
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, read_shard, take_shard
-from axolotl.utils.data.steps import calculate_total_num_steps, packing_summary
+from axolotl.utils.data.source_rows import name_made_row, name_source_rows
+from axolotl.utils.data.steps import (
+    build_multipack_sampler,
+    calculate_total_num_steps,
+    num_steps_of_run,
+    packing_summary,
+)
 from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.data.streaming import is_streamed, prepare_streaming_dataset
 from axolotl.utils.data.synthetic import SYNTHETIC, synthetic_rows
@@ -43,6 +51,7 @@ from axolotl.utils.data.tokenize import dataset_name, tokenize_dataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.utils import get_dataset_lengths
+from axolotl.utils.schemas.validation.datasets import EMPTY_TEST_DATASET
 
 LOG = get_logger(__name__)
 
@@ -59,7 +68,7 @@ class Prepared:
     Attributes:
         train: rows to train on, or a stream of batches of them.
         evaluation: rows held out, or None.
-        total_num_steps: optimizer steps of the run.
+        total_num_steps: optimizer steps of all epochs, at most `max_steps`.
         report: numbers of the training rows (see `report.summarize`), or None for rows that are not prepared.
     """
 
@@ -98,31 +107,40 @@ def prepare(cfg: DictDefault, tokenizer: Any, processor: Any = None) -> Prepared
         return _raw_datasets(cfg)
     train, summary = prepare_part(cfg, cfg.datasets or [], tokenizer, processor, "train")
     if cfg.test_datasets:
-        evaluation, _ = prepare_part(cfg, cfg.test_datasets, tokenizer, processor, "test")
+        evaluation = _prepare_test_rows(cfg, tokenizer, processor)
         if cfg.dataset_exact_deduplication:
             evaluation = _without_rows_of(evaluation, train)
     else:
         train, evaluation = split_validation(train, cfg)
         evaluation = _fit_evaluation(evaluation, cfg)
     train, evaluation = apply_weights(train, cfg), without_weights(evaluation)
-    total_num_steps = calculate_total_num_steps(cfg, train)
+    packed = build_multipack_sampler(train, cfg) if cfg.sample_packing else None
+    total_num_steps = calculate_total_num_steps(cfg, train, packed=packed)
     summary = {
         **summary,
         "rows_to_train": len(train),
         "rows_to_evaluate": len(evaluation or ()),
-        "steps": total_num_steps,
+        "steps": num_steps_of_run(cfg, total_num_steps),
     }
-    if cfg.sample_packing:
-        summary["packing"] = packing_summary(cfg, train)
+    if packed is not None:
+        summary["packing"] = packing_summary(packed)
     report.log_report(summary)
     return Prepared(train, evaluation, total_num_steps, summary)
+
+
+def _prepare_test_rows(cfg: DictDefault, tokenizer: Any, processor: Any) -> Dataset:
+    """The rows of `test_datasets`."""
+    if [entry.path for entry in cfg.test_datasets] == [EMPTY_TEST_DATASET]:
+        # What stands for an evaluation of the benchmark alone. It has no rows, so there is nothing to download.
+        return Dataset.from_dict({column: [] for column in ("input_ids", "labels", "attention_mask", "length")})
+    return prepare_part(cfg, cfg.test_datasets, tokenizer, processor, "test")[0]
 
 
 def _streamed(cfg: DictDefault, tokenizer: Any, processor: Any) -> Prepared:
     """A stream to train on; rows to evaluate on are prepared in advance."""
     evaluation = None
     if cfg.test_datasets:
-        evaluation, _ = prepare_part(cfg, cfg.test_datasets, tokenizer, processor, "test")
+        evaluation = _prepare_test_rows(cfg, tokenizer, processor)
     return Prepared(prepare_streaming_dataset(cfg, tokenizer, processor), evaluation, int(cfg.max_steps))
 
 
@@ -233,11 +251,12 @@ def build_entry(
         raw = load_dataset_with_config(entry, cfg.hf_use_auth_token, cache_dir=cache_dir)
     if not isinstance(raw, Dataset) or not len(raw):
         raise DatasetError(f"dataset {name} is empty.")
+    name_row = name_source_rows(entry, len(raw), int(cfg.seed or 0))
     raw = take_shard(raw, entry, int(cfg.seed or 0))
     rows_read = len(raw)
     if not rows_read:
         return raw, {"name": name, "rows_read": 0, "rows_made": 0, "rows_kept": 0, "dropped": {}, "truncated": 0}
-    tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor)
+    tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor, name_row)
     num_filtered = tokens.num_filtered if isinstance(tokens, TokenizedPromptDataset) else 0
     rows_made = len(tokens) + num_filtered
     tokens = _with_lengths(tokens)
@@ -249,6 +268,7 @@ def build_entry(
         min_len=2 if cfg.min_sample_len is None else int(cfg.min_sample_len),
         strategy=cfg.excess_length_strategy or "drop",
         key=key,
+        name_row=name_row if rows_made == len(tokens) == rows_read else name_made_row,
     )
     if "labels" in tokens.column_names:
         trained = count_trained_tokens(tokens) > 0
@@ -317,14 +337,14 @@ def merge_datasets(prepared: Sequence[Dataset], cfg: DictDefault) -> tuple[Datas
     seed = int(cfg.seed or 0)
     shuffle = not keeps_order(cfg)
     if cfg.shuffle_before_merging_datasets:
-        prepared = [dataset.shuffle(seed=seed) for dataset in prepared]
+        prepared = [shuffle_rows(dataset, seed) for dataset in prepared]
     merged = prepared[0] if len(prepared) == 1 else concatenate_datasets(_alike(prepared))
     num_duplicates = 0
     if cfg.dataset_exact_deduplication:
         merged, num_duplicates = drop_duplicates(merged)
         LOG.info(f"{num_duplicates:,} duplicate rows dropped (`dataset_exact_deduplication: true`)")
     if shuffle:
-        merged = merged.shuffle(seed=seed)
+        merged = shuffle_rows(merged, seed)
     num_shards, shard = read_shard(cfg)
     if num_shards > len(merged):
         raise DatasetError(
@@ -365,7 +385,7 @@ def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Datas
         chosen[np.random.default_rng(int(cfg.seed or 0)).permutation(len(dataset))[:num_eval]] = True
     else:
         chosen[len(dataset) - num_eval :] = True
-    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+    return select_rows(dataset, ~chosen), select_rows(dataset, chosen)
 
 
 def apply_weights(dataset: Dataset, cfg: DictDefault) -> Dataset:
@@ -390,7 +410,7 @@ def apply_weights(dataset: Dataset, cfg: DictDefault) -> Dataset:
             "no row is left to train on: `weight` of the datasets is too small for their number of rows."
         )
     LOG.info(f"`weight` makes {len(chosen):,} rows per epoch of {len(dataset):,}")
-    return dataset.select(chosen if keeps_order(cfg) else rng.permutation(chosen))
+    return take_rows(dataset, chosen if keeps_order(cfg) else rng.permutation(chosen))
 
 
 def without_weights(evaluation: Dataset | None) -> Dataset | None:
@@ -421,9 +441,7 @@ def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | N
 
 
 def _without_rows_of(evaluation: Dataset, train: Dataset) -> Dataset:
-    seen: set[bytes] = set()
-    drop_duplicates(train, seen)
-    kept, num_dropped = drop_duplicates(evaluation, seen)
+    kept, num_dropped = drop_duplicates(evaluation, before=train)
     LOG.info(f"{num_dropped:,} rows of `test_datasets` are in `datasets` too and were dropped")
     return kept
 
@@ -440,7 +458,7 @@ def _raw_datasets(cfg: DictDefault) -> Prepared:
 
     train = read(cfg.datasets or [])
     if cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling:
-        train = train.shuffle(seed=int(cfg.seed or 0))
+        train = shuffle_rows(train, int(cfg.seed or 0))
     if cfg.test_datasets:
         evaluation: Dataset | None = read(cfg.test_datasets)
     else:

@@ -101,11 +101,25 @@ def test_rows_of_tokens_pass_through(config, tokenizer):
         ({"input_ids": [1, 2], "labels": [1], "attention_mask": [1, 1]}, "row 1: `labels` has 1 entries"),
         ({"input_ids": None, "labels": [1], "attention_mask": [1]}, "row 1: field `input_ids` is missing"),
         ({"input_ids": "ab", "labels": [1], "attention_mask": [1]}, "field `input_ids` must hold lists of integers"),
+        (
+            {"input_ids": [1, -1], "labels": [1, 2], "attention_mask": [1, 1]},
+            "row 1: `input_ids` has a negative number",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [-100, -1], "attention_mask": [1, 1]},
+            "row 1: `labels` has a negative number",
+        ),
     ],
 )
 def test_rows_of_tokens_that_are_none(config, tokenizer, row, message):
     with pytest.raises(DatasetError, match=message):
         prepare_datasets(config([*token_rows(1), row]), tokenizer)
+
+
+def test_tokens_that_the_tokenizer_does_not_know(config, tokenizer, caplog):
+    row = {"input_ids": [1, 10**6], "labels": [-100, 10**6], "attention_mask": [1, 1]}
+    assert len(prepare(config([*token_rows(2), row, row]), tokenizer).train) == 4
+    assert "2 rows, the first of them row 2, have `input_ids` that the tokenizer does not know" in caplog.text
 
 
 def test_length_policy_is_counted(config, tokenizer):

@@ -190,17 +190,22 @@ def _open_repository(
 ) -> Dataset | IterableDataset:
     """A repository of the hub, or a folder laid out like one. JSON in it is read by us: exactly as it is written."""
     where = {"name": config.name, "revision": config.revision, "token": token, **data_files}
-    if common["streaming"]:
-        return load_dataset(path, **where, **common)
     builder = load_dataset_builder(path, cache_dir=common["cache_dir"], **where)
     found = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
     if not found or not isinstance(builder, Json) or builder.info.features:
+        if common["streaming"]:
+            return cast(IterableDataset, builder.as_streaming_dataset(split=common["split"]))
         builder.download_and_prepare()
         return cast(Dataset, builder.as_dataset(split=common["split"]))
     splits = [part.strip().partition("[")[0] for part in common["split"].split("+")]
     if "all" in splits:
         splits = list(found)
     files.check_split(common["split"], list(found), path)
+    if common["streaming"]:
+        urls = [str(url) for name in splits for url in found[name]]
+        options = {"token": token} if urls[0].startswith("hf://") else {}
+        rows = files.stream_json(urls, options)
+        return cast(IterableDataset, builder.as_streaming_dataset(split=common["split"])) if rows is None else rows
     manager = DownloadManager(dataset_name=path, download_config=DownloadConfig(token=token))
     whole = {"split": "train", "streaming": False, "cache_dir": common["cache_dir"]}
     json_config = DictDefault(path=path, ds_type="json")

@@ -7,7 +7,8 @@ import math
 import pytest
 from datasets import Dataset
 
-from axolotl.utils.data.steps import build_multipack_sampler, calculate_total_num_steps
+from axolotl.exceptions import ConfigError
+from axolotl.utils.data.steps import build_multipack_sampler, calculate_total_num_steps, num_steps_of_run
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.samplers.epoch import EvenBatches
 
@@ -26,12 +27,21 @@ def test_a_step_takes_the_same_number_of_rows_or_bins(world_size, micro_batch_si
     items = build_multipack_sampler(ROWS, cfg).plan.num_bins if cfg.sample_packing else len(LENGTHS)
     per_step = micro_batch_size * accumulation * world_size
     assert calculate_total_num_steps(cfg, ROWS, update=False) == 2 * math.ceil(items / per_step)
+    total = calculate_total_num_steps(cfg, ROWS, update=False)
     for steps in (1, 1000):
-        assert calculate_total_num_steps(DictDefault({**cfg, "max_steps": steps}), ROWS, update=False) == steps
+        limited = DictDefault({**cfg, "max_steps": steps})
+        assert calculate_total_num_steps(limited, ROWS, update=False) == min(steps, total)
+        assert num_steps_of_run(limited, total) == steps
     if cfg.sample_packing:
         even = EvenBatches(build_multipack_sampler(ROWS, cfg), world_size)
         assert len(list(even)) == len(even)
         assert len(even) % world_size == 0
+
+
+def test_a_run_whose_batches_are_all_dropped_is_refused():
+    cfg = DictDefault(micro_batch_size=64, dataloader_drop_last=True)
+    with pytest.raises(ConfigError, match=r"drops all 17 rows.*micro_batch_size: 64"):
+        calculate_total_num_steps(cfg, ROWS, update=False)
 
 
 def test_dropped_batches_are_not_counted():

@@ -11,8 +11,8 @@ from datasets import Dataset
 from axolotl import prompt_strategies
 from axolotl.datasets import TokenizedPromptDataset
 from axolotl.exceptions import AxolotlError, DatasetError
-from axolotl.prompt_tokenizers import DatasetWrappingStrategy
-from axolotl.utils.data.rows import check_token_columns
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy, RowName, name_row
+from axolotl.utils.data.rows import check_token_columns, check_token_ids
 from axolotl.utils.dict import DictDefault
 
 ROWS_PER_PROCESS = 2_000
@@ -34,16 +34,25 @@ def num_workers(num_rows: int, wanted: int | None) -> int:
 
 
 def tokenize_dataset(
-    raw: Dataset, config: DictDefault, cfg: DictDefault, tokenizer: Any, processor: Any = None
+    raw: Dataset,
+    config: DictDefault,
+    cfg: DictDefault,
+    tokenizer: Any,
+    processor: Any = None,
+    name_row: RowName = name_row,
 ) -> Dataset:
     """Tokens of every row. Rows that hold `input_ids` and `labels` already are taken as they are.
+
+    Errors call rows by `name_row`.
 
     Raises:
         DatasetError: names the dataset; the strategy names row and field.
     """
     name = dataset_name(config)
     if TOKEN_COLUMNS.issubset(raw.column_names):
-        return _take_tokens(raw, name)
+        check_token_columns(raw, name, name_row)
+        check_token_ids(raw, name, None if tokenizer is None else len(tokenizer), name_row)
+        return _with_attention_mask(raw)
     if not config.type:
         raise DatasetError(
             f"dataset {name} has no `type`, and its rows hold no `input_ids` and `labels` (fields: "
@@ -54,7 +63,9 @@ def tokenize_dataset(
     try:
         if isinstance(strategy, DatasetWrappingStrategy):
             return strategy.wrap_dataset(raw, process_count=process_count, keep_in_memory=keep_in_memory)
-        return TokenizedPromptDataset(strategy, raw, process_count, keep_in_memory, name=str(config.path))
+        return TokenizedPromptDataset(
+            strategy, raw, process_count, keep_in_memory, name=str(config.path), name_row=name_row
+        )
     except AxolotlError as error:
         if str(config.path) in str(error):
             raise
@@ -66,8 +77,7 @@ def tokenize_dataset(
         ) from error
 
 
-def _take_tokens(raw: Dataset, name: str) -> Dataset:
-    check_token_columns(raw, name)
+def _with_attention_mask(raw: Dataset) -> Dataset:
     if "attention_mask" in raw.column_names:
         return raw
     masks = raw.select_columns("input_ids").map(

@@ -9,7 +9,7 @@ the gaps. The result is a `Plan`, bins of lengths; which document takes which sl
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,13 +118,13 @@ class _Bins:
 # One document after the other where that takes few steps: there are few, or many share a length.
 FEW_DOCUMENTS = 20_000
 DOCUMENTS_PER_LENGTH = 8
-# Elsewhere the longer half is placed in about this many rounds, each of documents within a tenth of the longest.
-SHARE_IN_ROUNDS = 0.5
-ROUNDS = 100
+# Elsewhere most of them, the longer ones, are placed in about this many rounds, each of documents within a tenth of the longest.
+SHARE_IN_ROUNDS = 0.7
+ROUNDS = 60
 SIMILAR = 0.9
 
 BIN = (1 << 32) - 1
-"""The bits of a packed `free << 32 | bin` that name the bin."""
+"""The bits of a packed `free << 32 | bin`, or `free << 32 | documents`, that do not say how much is free."""
 
 
 def _num_to_place_in_rounds(longest_first: np.ndarray) -> int:
@@ -187,18 +187,24 @@ def _pack_rounds(longest_first: np.ndarray, bins: _Bins) -> np.ndarray:
 
 
 def _pack_histogram(longest_first: np.ndarray, bins: _Bins) -> np.ndarray:
-    """Best fit, length by length; see `_pack_rounds`. A bin takes as many documents of a length as it holds in one step."""
-    capacity, bin_size, shortest, count = bins.capacity, bins.bin_size, bins.shortest, bins.count
-    room: list[int] = []  # distinct amounts of free room, ascending
-    open_bins: dict[int, list[tuple[int, int]]] = {}  # free room -> [(bin, documents in it)]
+    """Best fit, length by length; see `_pack_rounds`.
 
-    def keep(free: int, used: int, numbers: Iterable[int]) -> None:
+    Bins with the same room and the same number of documents are alike: as many of them as there are documents for are filled in
+    one step, each with as many documents as it holds.
+    """
+    capacity, bin_size, shortest, count = bins.capacity, bins.bin_size, bins.shortest, bins.count
+    kinds: list[int] = []  # of open bins, as free << 32 | documents, ascending
+    open_bins: dict[int, list[int]] = {}  # kind -> bins
+
+    def keep(free: int, used: int, numbers: Sequence[int]) -> None:
         if free < shortest or used >= bin_size:
             return
-        if free not in open_bins:
-            open_bins[free] = []
-            insort(room, free)
-        open_bins[free] += [(number, used) for number in numbers]
+        kind = free << 32 | used
+        if kind in open_bins:
+            open_bins[kind] += numbers
+        else:
+            open_bins[kind] = list(numbers)
+            insort(kinds, kind)
 
     for number in bins.are_open(np.arange(count)).tolist():
         keep(int(bins.free[number]), int(bins.used[number]), (number,))
@@ -207,25 +213,24 @@ def _pack_histogram(longest_first: np.ndarray, bins: _Bins) -> np.ndarray:
     values, counts = np.unique(longest_first, return_counts=True)
     for length, left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while left:
-            at = bisect_left(room, length)
-            if at == len(room):
-                many = min(capacity // length, bin_size, left)
-                numbers = range(count, count + left // many)
-                count = numbers.stop
-                filled += numbers
-                amounts += [many] * len(numbers)
-                left -= many * len(numbers)
-                keep(capacity - many * length, many, numbers)
-                continue
-            free = room[at]
-            number, used = open_bins[free].pop()
-            if not open_bins[free]:
-                del open_bins[free], room[at]
+            at = bisect_left(kinds, length << 32)
+            is_new = at == len(kinds)
+            free, used = (capacity, 0) if is_new else (kinds[at] >> 32, kinds[at] & BIN)
             many = min(free // length, bin_size - used, left)
-            filled.append(number)
-            amounts.append(many)
-            left -= many
-            keep(free - many * length, used + many, (number,))
+            wanted = left // many
+            if is_new:
+                numbers: Sequence[int] = range(count, count + wanted)
+                count += wanted
+            else:
+                alike = open_bins[kinds[at]]
+                numbers = alike[-wanted:]
+                del alike[-wanted:]
+                if not alike:
+                    del open_bins[kinds[at]], kinds[at]
+            filled += numbers
+            amounts += [many] * len(numbers)
+            left -= many * len(numbers)
+            keep(free - many * length, used + many, numbers)
     bins.count = count
     return np.repeat(np.array(filled, dtype=np.int64), np.array(amounts, dtype=np.int64))
 

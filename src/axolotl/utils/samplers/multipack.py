@@ -203,13 +203,15 @@ class MultipackBatchSampler(BatchSampler):
         documents, offsets = self._bins()
         step = BATCHES_AT_ONCE * self.batch_size
         for start in range(0, len(offsets) - 1, step):
-            borders = (offsets[start : start + step + 1] - offsets[start]).tolist()
-            flat = documents[offsets[start] : offsets[min(start + step, len(offsets) - 1)]].tolist()
-            for first in range(0, len(borders) - 1, self.batch_size):
-                cuts = borders[first : first + self.batch_size + 1]
-                if self.one_row:
-                    cuts = [cuts[0], cuts[-1]]
-                yield [flat[a:b] for a, b in itertools.pairwise(cuts)]
+            borders = offsets[start : start + step + 1]
+            flat = documents[borders[0] : borders[-1]].tolist()
+            if self.one_row:
+                borders = np.append(borders[:-1][:: self.batch_size], borders[-1])
+            bins = [flat[a:b] for a, b in itertools.pairwise((borders - borders[0]).tolist())]
+            if self.one_row or self.batch_size == 1:
+                yield from [[bin_] for bin_ in bins]
+            else:
+                yield from [bins[first : first + self.batch_size] for first in range(0, len(bins), self.batch_size)]
 
     def __len__(self) -> int:
         """Batches of an epoch, exact."""
