@@ -136,6 +136,23 @@ def evaluate(ctx: click.Context, config: str, launcher: str | None = None, **kwa
     launch("evaluate", start(config), launcher, kwargs, ctx.args)
 
 
+@config_command("Evaluate a model with the lm-evaluation-harness.")
+@cloud_option
+def lm_eval(config: str, cloud: str | None = None, **kwargs: Any) -> None:
+    """Evaluate a model on the tasks of `lm_eval_tasks`.
+
+    Args:
+        config: path of the config.
+        cloud: path of a cloud config.
+        kwargs: overrides.
+    """
+    refuse_cloud(cloud)
+    config = start(config)
+    from axolotl.cli.lm_eval import do_cli
+
+    do_cli(config, **kwargs)
+
+
 @config_command("Run inference with a trained model.")
 @launcher_options
 @click.option("--gradio", is_flag=True, help="Answer in a web page.")

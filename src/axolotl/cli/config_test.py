@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import importlib
 import io
 import os
 import ssl
@@ -50,6 +51,14 @@ def test_load_cfg_reads_overrides_checks_and_resolves(written):
 
 def test_load_cfg_takes_a_config_already_read(written):
     assert load_cfg(DictDefault(read_config(written)), seed="3").seed == 3
+
+
+def test_modules_of_the_working_directory_can_be_named(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    (tmp_path / "module_beside_the_config.py").write_text("FOUND = True\n")
+    inspect_cfg(written)
+    assert importlib.import_module("module_beside_the_config").FOUND
 
 
 def test_all_problems_at_once(written):

@@ -9,6 +9,7 @@ from axolotl.cli.args import EvaluateCliArgs
 from axolotl.cli.checks import check_accelerate_default_config
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
+from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.utils.dict import DictDefault
 
 
@@ -34,9 +35,10 @@ def do_evaluate(cfg: DictDefault, cli_args: EvaluateCliArgs) -> dict[str, float]
     Returns:
         Metric -> value.
     """
-    from axolotl.common.datasets import load_datasets, load_preference_datasets
-    from axolotl.evaluate import evaluate
-    from axolotl.integrations.base import PluginManager
+    with without_garbage_collection():
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.evaluate import evaluate
+        from axolotl.integrations.base import PluginManager
 
     check_accelerate_default_config()
     dataset_meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)

@@ -13,7 +13,7 @@ from axolotl.loaders.model import read_dtype
 from axolotl.loaders.utils import read_base_model, read_revision
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from axolotl.utils.merge import FourBit, MergeReport, merge_adapter
+from axolotl.utils.merge import EightBit, FourBit, MergeReport, merge_adapter
 
 LOG = get_logger(__name__)
 
@@ -53,12 +53,12 @@ def do_cli(config: Path | str | DictDefault = Path("examples/"), **kwargs: Any) 
             "`axolotl merge-lora` needs a config with an `adapter`; this one trains the whole model, and what it "
             "saved in `output_dir` needs no merge."
         )
-    trained_in_4bit = written.adapter == "qlora" or bool(written.load_in_4bit)
+    trained_in_bits = read_bits(written)
     for key in DROPPED:
         written.pop(key, None)
     written.update(FORCED)
     cfg = load_cfg(written)
-    do_merge_lora(cfg=cfg, dequant=dequant, override_quantizer=override_quantizer, trained_in_4bit=trained_in_4bit)
+    do_merge_lora(cfg=cfg, dequant=dequant, override_quantizer=override_quantizer, trained_in_bits=trained_in_bits)
 
 
 def do_merge_lora(
@@ -66,7 +66,7 @@ def do_merge_lora(
     cfg: DictDefault,
     dequant: bool = False,
     override_quantizer: str | None = None,
-    trained_in_4bit: bool | None = None,
+    trained_in_bits: int | None = None,
 ) -> MergeReport | None:
     """Merge the adapter of a run into its base model, in `<output_dir>/merged`.
 
@@ -75,9 +75,9 @@ def do_merge_lora(
 
     Args:
         cfg: the config of a run, as `load_cfg` returns it. `lora_model_dir` defaults to `output_dir`.
-        dequant: merge a QLoRA adapter into the unquantized weights, and not into the 4-bit ones it was trained on.
+        dequant: merge an adapter into the unquantized weights, and not into those in 4 or 8 bits that it was trained on.
         override_quantizer: not implemented here.
-        trained_in_4bit: whether the base was in 4 bits during training; None reads it from `cfg`.
+        trained_in_bits: bits of the base during training, 4 or 8, or 0 for an unquantized one; None reads it from `cfg`.
 
     Returns:
         What was merged and how exactly; None with `merge_method: legacy`.
@@ -92,8 +92,7 @@ def do_merge_lora(
     if cfg.merge_method == "legacy":
         _merge_whole(cfg, adapter_dir, output_dir)
         return None
-    if trained_in_4bit is None:
-        trained_in_4bit = cfg.adapter == "qlora" or bool(cfg.load_in_4bit)
+    bits = read_bits(cfg) if trained_in_bits is None else trained_in_bits
     base_model = read_base_model(DictDefault({**cfg, "lora_model_dir": str(adapter_dir)}))
     LOG.info(f"merging {adapter_dir} into {base_model}")
     report = merge_adapter(
@@ -101,7 +100,7 @@ def do_merge_lora(
         adapter_dir,
         output_dir,
         dequantize=dequant,
-        four_bit=read_four_bit(cfg) if trained_in_4bit else None,
+        trained_on=read_quantization(cfg, bits),
         revision=read_revision(cfg, base_model),
         config=None if (adapter_dir / "config.json").is_file() else load_model_config(cfg),
         trust_remote_code=bool(cfg.trust_remote_code),
@@ -113,15 +112,27 @@ def do_merge_lora(
     return report
 
 
-def read_four_bit(cfg: DictDefault) -> FourBit:
-    """How the run quantized its base: NF4 with double quantization, changed by `bnb_config_kwargs`."""
+def read_bits(cfg: DictDefault) -> int:
+    """Bits of the base model's weights in the training that a config describes; 0 when they are not quantized."""
+    if cfg.adapter == "qlora" or cfg.load_in_4bit:
+        return 4
+    return 8 if cfg.load_in_8bit else 0
+
+
+def read_quantization(cfg: DictDefault, bits: int) -> FourBit | EightBit | None:
+    """How the run quantized its base: NF4 with double quantization, or rows in 8 bits, changed by `bnb_config_kwargs`."""
     options = cfg.bnb_config_kwargs or DictDefault()
+    skipped = tuple(options.llm_int8_skip_modules or ())
+    if bits == 8:
+        return EightBit(skip_modules=skipped)
+    if bits != 4:
+        return None
     double = options.bnb_4bit_use_double_quant
     return FourBit(
         quant_type=options.bnb_4bit_quant_type or "nf4",
         double_quant=True if double is None else bool(double),
         compute_dtype=read_dtype(cfg),
-        skip_modules=tuple(options.llm_int8_skip_modules or ()),
+        skip_modules=skipped,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
+from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault, note_choice
@@ -42,8 +43,9 @@ def do_preprocess(cfg: DictDefault, cli_args: PreprocessCliArgs) -> None:
         ConfigError: the rows of this config are prepared while training, so that there is nothing to do before.
     """
     check_can_be_prepared(cfg, cli_args)
-    from axolotl.common.datasets import load_datasets, load_preference_datasets
-    from axolotl.integrations.base import PluginManager
+    with without_garbage_collection():
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.integrations.base import PluginManager
 
     if not cfg.dataset_prepared_path:
         reason = "`preprocess` needs a folder to keep the rows in; train with the same value to find them"

@@ -11,7 +11,11 @@ from axolotl.cli.art import print_axolotl_text_art
 from axolotl.cli.checks import check_accelerate_default_config, check_user_token
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
+from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 
 def do_cli(config: Path | str = Path("examples/"), **kwargs: Any) -> None:
@@ -34,10 +38,11 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
         cfg: Dictionary mapping `axolotl` config keys to values.
         cli_args: Training-specific CLI arguments.
     """
-    from axolotl.common.datasets import load_datasets, load_preference_datasets
-    from axolotl.integrations.base import PluginManager
-    from axolotl.train import is_main_process, train
-    from axolotl.utils.callbacks.trackers import check_trackers
+    with without_garbage_collection():
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.integrations.base import PluginManager
+        from axolotl.train import is_main_process, train
+        from axolotl.utils.callbacks.trackers import check_trackers
 
     check_accelerate_default_config()
     if cfg.hub_model_id or cfg.push_dataset_to_hub:
@@ -50,12 +55,42 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
         load = load_preference_datasets if cfg.rl else load_datasets
         dataset_meta = load(cfg=cfg, cli_args=cli_args)
 
+    if is_main_process():
+        warn_of_memory(cfg, dataset_meta.train_dataset)
+
     model, tokenizer, trainer = train(cfg=cfg, dataset_meta=dataset_meta)
 
     # Plugins that go on after the run, such as an evaluation harness, need the memory of the device.
     del model, tokenizer, trainer
     gc.collect()
     manager.post_train_unload(cfg)
+
+
+def warn_of_memory(cfg: DictDefault, train_dataset: Any) -> None:
+    """Say, before the model is loaded, that the run will probably not fit the GPU of this rank, and what would help.
+
+    Args:
+        cfg: the resolved config.
+        train_dataset: prepared rows, or a stream.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    if cfg.device_map == "auto" and torch.cuda.device_count() > 1:
+        return  # the model will be spread over several GPUs
+    from axolotl.plan import describe_shortage
+    from axolotl.utils.forecast import CONTEXT_BYTES
+
+    free_bytes, _ = torch.cuda.mem_get_info(cfg.local_rank or 0)
+    try:
+        # The forecast counts the context of this process, which is there by now.
+        text = describe_shortage(cfg, train_dataset, free_bytes + CONTEXT_BYTES)
+    except Exception as error:  # noqa: BLE001 - advice must not end a run; a model may lack what the forecast reads
+        LOG.info(f"The memory of this run could not be forecast: {error}")
+        return
+    if text:
+        LOG.warning(text)
 
 
 if __name__ == "__main__":

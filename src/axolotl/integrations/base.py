@@ -203,14 +203,20 @@ class PluginManager:
         return PluginManager()
 
     def register(self, plugin_name: str) -> None:
-        """Load the plugin `plugin_name` (see `load_plugin`); does nothing when it is loaded already.
+        """Load the plugin `plugin_name` (see `load_plugin`); does nothing when it is loaded already, by whatever name.
 
         Raises:
             PluginError: it cannot be imported, or is not a plugin.
         """
-        if plugin_name not in self.plugins:
-            self.plugins[plugin_name] = load_plugin(plugin_name)
-            LOG.info("plugin loaded: %s", plugin_name)
+        if plugin_name in self.plugins:
+            return
+        plugin = load_plugin(plugin_name)
+        for name, other in self.plugins.items():
+            if type(other) is type(plugin):
+                LOG.warning("`plugins` lists %s and %s, which are the same: it is loaded once.", name, plugin_name)
+                return
+        self.plugins[plugin_name] = plugin
+        LOG.info("plugin loaded: %s", plugin_name)
 
     # --- configuration --------------------------------------------------------------------------------------------
 

@@ -205,6 +205,13 @@ class TestLoading:
         prepare_plugins(DictDefault(CONFIG))
         assert manager.plugins == {}
 
+    def test_one_plugin_by_two_names_is_loaded_once(self, manager):
+        names = ["liger.LigerPlugin", "axolotl.integrations.liger.LigerPlugin"]
+        prepare_plugins(DictDefault({**CONFIG, "plugins": names}))
+        assert list(manager.plugins) == names[:1]
+        prepare_plugins(DictDefault({**CONFIG, "plugins": names[1:]}))
+        assert list(manager.plugins) == names[1:]
+
     def test_input_args_that_are_no_model_are_refused(self, manager):
         class Odd(BasePlugin):
             def get_input_args(self):

@@ -181,8 +181,8 @@ def _belongs_to(option: ConfigOption, word: str | None) -> bool:
     if option.is_switch:
         return False
     path = Path(word)
-    # A folder is a config only when it holds some; a checkpoint, which is a value, holds none.
-    exists = path.is_file() or any(path.glob("*.y*ml"))
+    # A folder is a config when it holds some. A checkpoint, which is a value, holds that of its run beside its state.
+    exists = path.is_file() or (any(path.glob("*.y*ml")) and not (path / "trainer_state.json").is_file())
     looks_like_config = word == "-" or "://" in word or word.endswith((".yml", ".yaml", ".json")) or exists
     return not looks_like_config
 

@@ -40,6 +40,17 @@ def test_nested_flag():
     assert overrides_of("--trl.beta", "0.1", "--trl.use-vllm") == {"trl__beta": "0.1", "trl__use_vllm": True}
 
 
+def test_a_checkpoint_is_a_value_though_it_holds_the_config_of_its_run(tmp_path):
+    for name in ("axolotl_config.yaml", "trainer_state.json"):
+        (tmp_path / name).touch()
+    assert overrides_of("cfg.yml", "--resume-from-checkpoint", str(tmp_path)) == {
+        "resume_from_checkpoint": str(tmp_path)
+    }
+    (tmp_path / "trainer_state.json").unlink()
+    sorted_args = sort_arguments(["--resume-from-checkpoint", str(tmp_path)], OWN)
+    assert (sorted_args.own, sorted_args.overrides) == ([str(tmp_path)], {"resume_from_checkpoint": True})
+
+
 @pytest.mark.usefixtures("config_options")
 def test_switches_do_not_swallow_the_config():
     sorted_args = sort_arguments(["--sample-packing", "cfg.yml", "--bf16", "other.yaml"], OWN)

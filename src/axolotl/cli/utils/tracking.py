@@ -7,6 +7,9 @@ import os
 from typing import Any
 
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 # Prefix of the keys -> the key that switches the tracker on, and the switch that is then set.
 TRACKERS: dict[str, tuple[str, str]] = {
@@ -23,6 +26,9 @@ VARIABLES: dict[str, str] = {
     "trackio_project_name": "TRACKIO_PROJECT",
     "hf_mlflow_log_artifacts": "HF_MLFLOW_LOG_ARTIFACTS",
 }
+
+# What `wandb.watch` can record. Its default is the first, which is what `true` means.
+WATCHED = ("gradients", "parameters", "all")
 
 
 def prepare_tracking(cfg: DictDefault) -> None:
@@ -41,6 +47,8 @@ def prepare_tracking(cfg: DictDefault) -> None:
                 os.environ[f"COMET_START_EXPERIMENT_{name.upper()}"] = _as_variable(setting)
             continue
         os.environ[VARIABLES.get(key, key.upper())] = _as_variable(value)
+    if cfg.wandb_watch:
+        os.environ["WANDB_WATCH"] = read_watched(cfg.wandb_watch)
     if cfg.wandb_run_id:
         # The key is there to continue a run: without this, one of the same id would be overwritten.
         os.environ.setdefault("WANDB_RESUME", "allow")
@@ -58,6 +66,17 @@ def prepare_tracking(cfg: DictDefault) -> None:
         os.environ.pop("WANDB_DISABLED", None)
     else:
         os.environ["WANDB_DISABLED"] = "true"
+
+
+def read_watched(value: str | bool) -> str:
+    """`wandb_watch` as the word that transformers hands to `wandb.watch`; `false` for none."""
+    word = _as_variable(value).strip().lower()
+    if word in WATCHED or word == "false":
+        return word
+    if word != "true":
+        LOG.warning(f"`wandb_watch: {value}` records nothing. Write one of {', '.join(WATCHED)}, or false.")
+        return "false"
+    return WATCHED[0]
 
 
 def _is_folder(uri: str) -> bool:

@@ -35,6 +35,15 @@ def test_an_explicit_switch_wins_and_nothing_is_sent_unasked():
     assert os.environ["WANDB_DISABLED"] == "true"
 
 
+@pytest.mark.parametrize(
+    "value, variable",
+    [(True, "gradients"), ("true", "gradients"), ("All", "all"), ("parameters", "parameters"), ("x", "false")],
+)
+def test_wandb_watches_what_the_key_says(value, variable):
+    prepare_tracking(DictDefault(wandb_project="p", wandb_watch=value))
+    assert os.environ["WANDB_WATCH"] == variable
+
+
 def test_a_run_id_continues_the_run_unless_the_environment_says_otherwise():
     prepare_tracking(DictDefault(wandb_project="p", wandb_run_id="r"))
     assert os.environ["WANDB_RESUME"] == "allow"

@@ -35,7 +35,7 @@ class LigerArgs(Words):
             return data
         if data.get("liger_glu_activation") is not None:
             raise ValueError("You cannot have both `liger_swiglu` and `liger_glu_activation` set. Keep the second.")
-        LOG.warning_once("`liger_swiglu` is deprecated. Write `liger_glu_activation`.")
+        LOG.warning_once("The 'liger_swiglu' argument is deprecated. Write `liger_glu_activation`.")
         data = dict(data)
         data["liger_glu_activation"] = data.pop("liger_swiglu")
         return data

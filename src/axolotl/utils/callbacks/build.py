@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from axolotl.core.checkpoint import SAVED_CONFIG
@@ -18,6 +18,7 @@ from axolotl.utils.callbacks.dynamic_checkpoint import DynamicCheckpointCallback
 from axolotl.utils.callbacks.frozen_rows import FrozenRowsCallback
 from axolotl.utils.callbacks.generation import GenerationSettings, SFTGenerationCallback
 from axolotl.utils.callbacks.guards import (
+    EarlyStoppingCallback,
     GCCallback,
     LossWatchDogCallback,
     SaveModelOnFirstStepCallback,

@@ -34,8 +34,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "comet": ("evaluate", "comet"),
     PERPLEXITY: (),
 }
-# Import name -> what to install.
-INSTALL = {"comet": "unbabel-comet"}
+# Import name -> what to install. The model of comet comes with many requirements of its own, so that no extra has it.
+INSTALL = {"sacrebleu": "'axolotl[metrics]'", "evaluate": "'axolotl[metrics]'", "comet": "unbabel-comet"}
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
         there = [metric for metric in PACKAGES if not set(PACKAGES[metric]) & set(absent)]
         raise ConfigError(
             f"`eval_causal_lm_metrics: [{', '.join(metrics)}]` needs packages that are not installed: {needed}. Install them with "
-            f"`pip install {' '.join(INSTALL.get(package, package) for package in absent)}`, or write "
+            f"`pip install {' '.join(dict.fromkeys(INSTALL[package] for package in absent))}`, or write "
             f"`eval_causal_lm_metrics: [{', '.join(there)}]`."
         )
 

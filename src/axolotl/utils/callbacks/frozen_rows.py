@@ -26,6 +26,12 @@ class FrozenRowsCallback(TrainerCallback):
             self._kept.append((parameter, rows, parameter.detach()[rows].clone()))
 
     @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
+    ) -> None:
         for parameter, rows, values in self._kept:
             parameter[rows] = values
+            # A schedule-free optimizer has a second point, which decays too and is mixed into the weights that are saved.
+            second = {} if optimizer is None else optimizer.state.get(parameter, {})
+            if "z" in second:
+                second["z"][rows] = values

@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 import torch
+import transformers
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -65,6 +66,24 @@ class SkipEvalOnResumeCallback(TrainerCallback):
             args.eval_on_start = False
 
 
+class EarlyStoppingCallback(transformers.EarlyStoppingCallback):
+    """That of transformers; a run that it has ended and that is resumed with the same patience ends at once.
+
+    It has the same name because that is how checkpoints find its state.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            LOG.warning(
+                f"Early stopping had ended the run of this checkpoint: {self.early_stopping_patience_counter} evaluations without "
+                f"improvement. Nothing more is trained. A higher `early_stopping_patience` than {self.early_stopping_patience} "
+                "goes on."
+            )
+            control.should_training_stop = True
+        return control
+
+
 class LossWatchDogCallback(TrainerCallback, ExportableState):
     """Stops the run when the loss stays above a threshold. Checkpoints keep its strikes.
 
@@ -83,6 +102,15 @@ class LossWatchDogCallback(TrainerCallback, ExportableState):
             "args": {"threshold": self.threshold, "patience": self.patience},
             "attributes": {"strikes": self.strikes},
         }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step and self.strikes >= self.patience:
+            LOG.warning(
+                f"`loss_watchdog_threshold: {self.threshold}` had ended the run of this checkpoint. Nothing more is trained. A "
+                f"higher `loss_watchdog_patience` than {self.patience} goes on, and so does an earlier checkpoint."
+            )
+            control.should_training_stop = True
+        return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> Any:
         loss = (logs or {}).get("loss")

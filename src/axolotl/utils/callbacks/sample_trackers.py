@@ -86,10 +86,20 @@ def _to_comet(trainer: Any, name: str, samples: list[Sample], state: Any) -> Non
         experiment.log_text(as_text(samples), step=state.global_step, metadata={"name": name})
 
 
+def _to_trackio(trainer: Any, name: str, samples: list[Sample], state: Any) -> None:
+    import trackio
+
+    if trackio.context_vars.current_run.get() is None:
+        return
+    rows = [[number, s.prompt, s.reference, s.generated] for number, s in enumerate(samples)]
+    trackio.log({name: trackio.Table(columns=list(COLUMNS), data=rows), "train/global_step": state.global_step})
+
+
 # Name that transformers gives a tracker -> how it takes samples.
 TRACKERS = {
     "wandb": _to_wandb,
     "mlflow": _to_mlflow,
     "tensorboard": _to_tensorboard,
     "comet_ml": _to_comet,
+    "trackio": _to_trackio,
 }

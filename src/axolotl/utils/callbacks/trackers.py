@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from axolotl.exceptions import AxolotlError, MissingExtraError, TrackerError
-from axolotl.utils.callbacks import comet_, mlflow_, opentelemetry, wandb_
+from axolotl.utils.callbacks import comet_, mlflow_, opentelemetry, swanlab_, wandb_
 from axolotl.utils.callbacks.save_config import TrackerCallback
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -104,6 +104,15 @@ TRACKERS: tuple[Tracker, ...] = (
         run_names=("trackio_run_name",),
     ),
     Tracker(
+        switch="use_swanlab",
+        title="SwanLab",
+        report_to=None,
+        packages=(("swanlab",),),
+        extra="swanlab",
+        callbacks=("SwanLabReportCallback",),
+        check=swanlab_.check_login,
+    ),
+    Tracker(
         switch="use_otel_metrics",
         title="The Prometheus endpoint",
         report_to=None,
@@ -166,6 +175,7 @@ class TrackerGuard:
         self.ours: TrackerCallback | None = None
         self.owns_run = False
         self.ended = False
+        self.seen = False  # an event was seen: the first of an evaluation alone is no beginning of training
         self.warned = False
 
     @property
@@ -189,7 +199,7 @@ class TrackerGuard:
             if self.run_name is not None:
                 args = copy.copy(args)
                 args.run_name = self.run_name
-            if start:
+            if start or not self.seen:
                 self._see_who_began(state)
             try:
                 with redacted_command_line():
@@ -215,7 +225,7 @@ class TrackerGuard:
             self._count_failure(error)
 
     def _see_who_began(self, state: Any) -> None:
-        self.ended = False
+        self.ended, self.seen = False, True
         if state.is_world_process_zero and self.ours is not None and not self.owns_run:
             self.owns_run = not self.ours.is_running()
 
