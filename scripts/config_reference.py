@@ -180,7 +180,10 @@ def built(name: str, level: int) -> str:
     if name in NOT_BUILT:
         refused, _ = NOT_BUILT[name]
         return " **Not implemented yet.**" if refused is is_set else " **Some values are not implemented yet.**"
-    return " **Has no effect yet.**" if name in NO_EFFECT_YET else ""
+    idle = NO_EFFECT_YET.get(name)
+    if idle is None:
+        return ""
+    return " **Has no effect yet.**" if idle is is_set else " **Some values have no effect yet.**"
 
 
 def outputs() -> dict[Path, str]:

@@ -54,18 +54,11 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
     "processor_type": (is_set, "Only text models are."),
     "role_boundaries": (is_set, "Only text models are."),
     "freeze_mm_modules": (is_set, "Only text models are."),
-    "fp8_config": (is_set, "The frozen base in fp8 has one scale per row."),
-    "fp8_enable_fsdp_float8_all_gather": (is_set, ""),
+    "fp8_enable_fsdp_float8_all_gather": (is_set, "Remove it: `fp8: true` works without."),
     "llama4_linearized_experts": (is_set, ""),
-    "use_eaft": (is_set, ""),
     "use_onebitllms": (is_set, ""),
     "fp32_norms": (is_set, ""),
-    "scaling_softmax": (is_set, ""),
     "gemma4_hybrid_attn_impl": (is_set, ""),
-    "peft_init_lora_weights": (
-        one_of("eva", "corda", "lora_ga"),
-        "It starts from your data. Use `pissa`, or remove it.",
-    ),
     "ple_cpu_offload": (is_set, ""),
     "quantize_moe_experts": (is_set, ""),
     "flash_optimum": (is_set, "Use `flash_attention: true`."),
@@ -78,33 +71,28 @@ NOT_BUILT: dict[str, tuple[Refused, str]] = {
 # Plugins that come with this package but do nothing yet.
 PLUGINS_NOT_BUILT = frozenset(
     f"axolotl.integrations.{name}"
-    for name in """cut_cross_entropy.CutCrossEntropyPlugin densemixer.DenseMixerPlugin diffusion.DiffusionPlugin
-    expert_parallel.ExpertParallelPlugin grokfast.GrokfastPlugin hatchery.HatcheryPlugin kd.KDPlugin kernels.KernelsPlugin
-    liger.LigerPlugin llm_compressor.LLMCompressorPlugin lm_eval.LMEvalPlugin mora.MoraPlugin nemo_gym.NemoGymPlugin
-    spectrum.SpectrumPlugin swanlab.SwanLabPlugin""".split()  # noqa: SIM905
+    for name in """densemixer.DenseMixerPlugin diffusion.DiffusionPlugin
+    expert_parallel.ExpertParallelPlugin hatchery.HatcheryPlugin kd.KDPlugin kernels.KernelsPlugin
+    llm_compressor.LLMCompressorPlugin mora.MoraPlugin nemo_gym.NemoGymPlugin
+    """.split()  # noqa: SIM905
 )
 
 # Named chat templates that do not ship. The tokenizers of these models bring theirs along.
-CHAT_TEMPLATES_NOT_BUILT = frozenset(
-    "command_a command_a_rag command_a_tool_use exaone4 gemma4_unified".split()  # noqa: SIM905
-)
-DATASET_TYPES_NOT_BUILT = frozenset({"creative_acr"})
+CHAT_TEMPLATES_NOT_BUILT = frozenset({"command_a_tool_use", "gemma4_unified"})
 
 # Keys that are hints about speed or memory. The result of a run is the same with and without them.
-NO_EFFECT_YET = (
-    "flash_attn_fuse_mlp",
-    "flash_attn_d512",
-    "large_head_attention",
-    "fused_attn_kernel",
-    "flex_attn_compile_kwargs",
-)
+NO_EFFECT_YET: dict[str, Refused] = {
+    "flash_attn_fuse_mlp": is_set,
+    "flash_attn_d512": is_set,
+    "large_head_attention": one_of("triton_flash"),
+    "fused_attn_kernel": is_set,
+}
 
 COMMANDS_NOT_BUILT = {
     "quantize": "",
     "vllm-serve": "",
     "merge-sharded-fsdp-weights": "",
     "delinearize-llama4": "",
-    "lm-eval": "",
     "agent-docs": "",
     "generate-cli-config-options": "`axolotl config-schema` prints every key.",
 }
@@ -122,15 +110,15 @@ def not_built_problems(cfg: Mapping[str, Any]) -> list[str]:
         for name in _plugins(cfg)
         if _whole(name) in PLUGINS_NOT_BUILT
     ]
-    problems += _data_problems(cfg)
-    for key in NO_EFFECT_YET:
-        if is_set(cfg.get(key)):
+    problems += _template_problems(cfg)
+    for key, idle in NO_EFFECT_YET.items():
+        if idle(cfg.get(key)):
             LOG.warning_once(f"`{key}: {cfg[key]}` has no effect yet. The result of the run is the same without it.")
     return problems
 
 
-def _data_problems(cfg: Mapping[str, Any]) -> list[str]:
-    """Chat templates and dataset types that are not there, for the whole config and for each dataset."""
+def _template_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """Chat templates that are not there, for the whole config and for each dataset."""
     lists = [cfg.get(key) for key in ("datasets", "test_datasets", "pretraining_dataset")]
     entries = [entry for found in lists if isinstance(found, list | tuple) for entry in found]
     problems = []
@@ -140,12 +128,8 @@ def _data_problems(cfg: Mapping[str, Any]) -> list[str]:
         if template in CHAT_TEMPLATES_NOT_BUILT:
             problems.append(
                 f"`chat_template: {place['chat_template']}`{where} is not implemented yet. The tokenizers of these models come "
-                "with their template: write `chat_template: tokenizer_default`."
-            )
-        kind = place.get("type")
-        if place is not cfg and isinstance(kind, str) and kind.partition(".")[0] in DATASET_TYPES_NOT_BUILT:
-            problems.append(
-                f"`type: {kind}`{where} is not implemented yet. Use `type: alpaca` or `type: chat_template`."
+                "with their template: write `chat_template: tokenizer_default`; or, where a tokenizer has several, copy one to a file "
+                "and write `chat_template: jinja` with that file as `chat_template_jinja`."
             )
     return problems
 

@@ -19,10 +19,7 @@ PART_OF = {
         dpo_use_liger_kernel dpo_use_weighting precompute_ref_log_probs cpo_alpha simpo_gamma kto_desirable_weight
         kto_undesirable_weight""",
     "reward_model": "center_rewards_coefficient",
-    "fp8": "fp8_config fp8_enable_fsdp_float8_all_gather",
-    "use_eaft": "eaft_alpha eaft_k",
     "fp32_norms": "fp32_norm_classes",
-    "scaling_softmax": "scaling_softmax_bias scaling_softmax_factor",
     "context_parallel_size": "heads_k_stride ring_attn_func",
     "use_ray": "ray_num_workers ray_run_name resources_per_worker",
 }
@@ -46,7 +43,6 @@ ASKING = {
     "fsdp": ["full_shard"],
     "fsdp_config": {"offload_params": True},
     "optimizer": "polora",
-    "peft_init_lora_weights": "eva",
 }
 
 
@@ -104,11 +100,6 @@ def test_every_other_template_ships():
     assert set(ChatTemplate) - shipped == CHAT_TEMPLATES_NOT_BUILT
 
 
-def test_dataset_type_is_refused():
-    (problem,) = not_built_problems({"datasets": [{"path": "d", "type": "creative_acr.load_answer"}]})
-    assert "`type: creative_acr.load_answer` of dataset `d` is not implemented yet." in problem
-
-
 def test_tables_name_what_exists():
     assert {*NOT_BUILT, *NO_EFFECT_YET} <= set(AxolotlInputConfig.model_fields)
     assert set(PLUGIN_OF_PREFIX.values()) >= PLUGINS_NOT_BUILT
@@ -120,8 +111,10 @@ def test_a_hint_is_accepted_and_said_to_do_nothing(caplog):
     LOG.warning_once.cache_clear()
     LOG.logger.propagate = True
     with caplog.at_level("WARNING", logger="axolotl._not_built"):
-        assert not_built_problems({"large_head_attention": True}) == []
-    assert "`large_head_attention: True` has no effect yet" in caplog.text
+        assert not_built_problems({"large_head_attention": "sdpa", "fused_attn_kernel": False}) == []
+        assert not caplog.text
+        assert not_built_problems({"large_head_attention": "triton_flash"}) == []
+    assert "`large_head_attention: triton_flash` has no effect yet" in caplog.text
 
 
 def test_no_key_is_silently_ignored():

@@ -12,8 +12,9 @@ from torch.utils.data import IterableDataset
 
 from axolotl.core.checkpoint import check_output_dir
 from axolotl.exceptions import ConfigError
-from axolotl.train import is_main_process, setup_model_and_trainer
+from axolotl.train import is_main_process, setup_model_and_trainer, trackers_told_how_it_ends
 from axolotl.utils.callbacks.build import check_evaluation
+from axolotl.utils.callbacks.trackers import check_trackers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -38,12 +39,14 @@ def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
     Returns:
         Metrics, named `train_...` and `eval_...`.
     """
+    check_trackers(cfg, is_main_process=is_main_process())
     check_evaluation(cfg)
     check_output_dir(cfg.output_dir)
     choose_trained_result(cfg)
     trainer, _, _, _, _ = setup_model_and_trainer(cfg, dataset_meta)
-    train_metrics = evaluate_dataset(trainer, dataset_meta.train_dataset, "train", cfg.flash_optimum)
-    eval_metrics = evaluate_dataset(trainer, dataset_meta.eval_dataset, "eval", cfg.flash_optimum)
+    with trackers_told_how_it_ends(trainer):
+        train_metrics = evaluate_dataset(trainer, dataset_meta.train_dataset, "train", cfg.flash_optimum)
+        eval_metrics = evaluate_dataset(trainer, dataset_meta.eval_dataset, "eval", cfg.flash_optimum)
     if train_metrics is None and eval_metrics is None:
         raise ConfigError(
             "There is nothing to evaluate: neither `datasets` nor `test_datasets` or `val_set_size` gave rows."

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import CallbackHandler
 
-from axolotl.core.builders.arguments import read_schedule
+from axolotl.core.builders.arguments import check_best_model, read_schedule
 from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.checkpoint import (
     SAVED_CONFIG,
@@ -36,9 +36,10 @@ from axolotl.core.checkpoint import (
 )
 from axolotl.core.resume import changes_since
 from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
-from axolotl.exceptions import AxolotlError, NotBuiltError, OutOfMemoryError, OutputError
+from axolotl.exceptions import AxolotlError, ConfigError, NotBuiltError, OutOfMemoryError, OutputError
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
+from axolotl.loaders.data_starts import DATA_STARTS, DataStart
 from axolotl.loaders.untrained_tokens import check_ids, find_untrained, set_to_mean
 from axolotl.model_card import write_model_card
 from axolotl.utils.callbacks.build import check_evaluation, find_callback
@@ -99,6 +100,7 @@ def train(*, cfg: DictDefault, dataset_meta: Any) -> tuple[PreTrainedModel, PreT
     check_optimizer(cfg)
     check_scheduler_kwargs(read_schedule(cfg))
     check_evaluation(cfg)
+    check_best_model(cfg)
     check_output_dir(cfg.output_dir)
     if is_main_process():
         remove_leftovers(cfg.output_dir)
@@ -138,7 +140,7 @@ def setup_model_and_trainer(cfg: DictDefault, dataset_meta: Any) -> tuple[Any, A
     Returns:
         (trainer, model, tokenizer, peft_config, processor).
     """
-    model, tokenizer, peft_config, processor = setup_model_and_tokenizer(cfg)
+    model, tokenizer, peft_config, processor = setup_model_and_tokenizer(cfg, dataset_meta.train_dataset)
     model_ref = setup_reference_model(cfg, tokenizer)
     trainer = setup_trainer(
         cfg,
@@ -154,10 +156,14 @@ def setup_model_and_trainer(cfg: DictDefault, dataset_meta: Any) -> tuple[Any, A
     return trainer, model, tokenizer, peft_config, processor
 
 
-def setup_model_and_tokenizer(cfg: DictDefault) -> tuple[Any, Any, Any, Any]:
+def setup_model_and_tokenizer(cfg: DictDefault, train_dataset: Any = None) -> tuple[Any, Any, Any, Any]:
     """Load the tokenizer, processor (for multimodal models), and model based on configuration.
 
     Random numbers are seeded first: adapters and resized embeddings are initialised from them.
+
+    Args:
+        cfg: the config.
+        train_dataset: the rows that an adapter may start from.
 
     Returns:
         (model, tokenizer, peft_config, processor).
@@ -165,11 +171,23 @@ def setup_model_and_tokenizer(cfg: DictDefault) -> tuple[Any, Any, Any, Any]:
     set_seed(cfg.seed if cfg.seed is not None else 42)
     tokenizer = load_tokenizer(cfg)
     processor = load_processor(cfg, tokenizer) if cfg.is_multimodal else None
-    model, peft_config = ModelLoader(cfg, tokenizer).load()
+    model, peft_config = ModelLoader(cfg, tokenizer, data_start=read_data_start(cfg, train_dataset)).load()
     if model.generation_config is not None:
         # A generation config with sampling values and `do_sample: false` could not be saved.
         model.generation_config.do_sample = True
     return model, tokenizer, peft_config, processor
+
+
+def read_data_start(cfg: DictDefault, train_dataset: Any) -> DataStart | None:
+    """What an adapter starts from, when it looks at rows first. A checkpoint to resume from brings its start along."""
+    method = cfg.peft_init_lora_weights
+    if method not in DATA_STARTS or cfg.lora_model_dir:
+        return None
+    seed = cfg.seed if cfg.seed is not None else 42
+    checkpoint = compute_and_broadcast(lambda: find_checkpoint(cfg, content=True))
+    if checkpoint is None and train_dataset is None:
+        raise ConfigError(f"`peft_init_lora_weights: {method}` starts from training rows, and there are none.")
+    return DataStart(method, None if checkpoint else train_dataset, seed, checkpoint)
 
 
 def setup_reference_model(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.integration.killed_runs FOLDER --random 200 --async-save
     python -m tests.integration.killed_runs FOLDER --operations 80
+    python -m tests.integration.killed_runs FOLDER --random 20 --async-save --kind stream
 
 One process imports everything and makes the model; each run is a fork of it, so that a kill costs a fraction of a second. With
 `--random` a run is killed (SIGKILL, or SIGTERM) after a random time; with `--operations` the first run kills itself before
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,16 +41,36 @@ from axolotl.core.checkpoint import (
     step_of,
 )
 from axolotl.train import exit_if_signalled, setup_signal_handler
+from axolotl.utils.data.streaming import wrap_streaming_dataset
 from axolotl.utils.dict import DictDefault
 from tests.integration.training_runs import make_rows, make_trainer, steps_of, weights_of
 from tests.tiny import make_tiny_model
 
 STEPS = 40
 LIFE_SECONDS = 0.4  # a run is killed within this time from its first step
+# What is trained: arguments of the trainer, and sizes of the model.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "rows": ({}, {}),
+    # Weights of this size have states in 8 bits; those of smaller ones are in 32.
+    "8-bit optimizer": ({"optim": "adamw_bnb_8bit"}, {"hidden_size": 64, "intermediate_size": 128}),
+    "stream": ({"ignore_data_skip": True, "packed": True}, {}),
+}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def train(folder: Path, model: Any, rows: Any, *, async_save: bool, save: bool = True, callbacks: Any = ()) -> None:
+def texts_as_a_stream(tokenizer: Any) -> Any:
+    """Texts that are packed as they come."""
+    cfg = DictDefault(
+        sequence_len=64, micro_batch_size=2, sample_packing=True, seed=1, streaming_multipack_buffer_size=9
+    )
+    cfg.pretraining_dataset = [{"type": "pretrain"}]
+    texts = Dataset.from_list([{"text": f"text {number} " * (1 + number % 30)} for number in range(25)])
+    return wrap_streaming_dataset(texts, tokenizer, cfg)
+
+
+def train(
+    folder: Path, model: Any, rows: Any, *, async_save: bool, kind: str, save: bool = True, callbacks: Any = ()
+) -> None:
     """A run from its beginning or last checkpoint to its end; leaves its losses in `result.json`."""
     out = folder / "out"
     remove_leftovers(out)
@@ -64,7 +86,10 @@ def train(folder: Path, model: Any, rows: Any, *, async_save: bool, save: bool =
         save_total_limit=2,
         per_device_train_batch_size=2,
         async_save=async_save,
+        **KINDS[kind][0],
     )
+    if kind == "stream":
+        trainer.train_dataset = texts_as_a_stream(trainer.processing_class)
     trainer.processing_class = None  # its files would only make the runs slower
     trainer.remove_callback(PrinterCallback)
     cfg = DictDefault(output_dir=str(out))
@@ -142,18 +167,20 @@ class Kills:
     Args:
         folder: where they run.
         async_save: whether their checkpoints are written in the background.
+        kind: a key of `KINDS`.
     """
 
-    def __init__(self, folder: Path, *, async_save: bool):
+    def __init__(self, folder: Path, *, async_save: bool, kind: str = "rows"):
         self.folder = folder
-        self.async_save = async_save
-        self.model = make_tiny_model(folder / "model", attention_dropout=0.2)
+        self.how: dict[str, Any] = {"async_save": async_save, "kind": kind}
+        self.model = make_tiny_model(folder / "model", attention_dropout=0.2, **KINDS[kind][1])
         self.rows = make_rows(24)
         self.counts = {"kills": 0, "terms": 0, "inside_a_save": 0, "finished": 0}
         self.last_step = 0
         gc.freeze()  # a collection in a fork would look at (and copy) all that was imported
         host_copy.SMALL_BYTES = 0  # the files of a tiny model go the way of large ones
-        whole, _ = fork(lambda _: train(folder / "whole", self.model, self.rows, async_save=False, save=False))
+        without = {**self.how, "async_save": False}
+        whole, _ = fork(lambda _: train(folder / "whole", self.model, self.rows, **without, save=False))
         assert os.waitpid(whole, 0)[1] == 0
         self.expected = json.loads((folder / "whole/result.json").read_text())
 
@@ -167,7 +194,7 @@ class Kills:
 
         def work(pipe: int) -> None:
             begun = Begun(pipe, lambda: die_at_operation(deadly, run) if deadly else None)
-            train(run, self.model, self.rows, async_save=self.async_save, callbacks=[begun])
+            train(run, self.model, self.rows, **self.how, callbacks=[begun])
 
         child, pipe = fork(work)
         os.read(pipe, 1)  # empty when the run died before
@@ -210,6 +237,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0)
     parser.add_argument("--operations", type=int, default=0)
     parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--kind", choices=KINDS, default="rows")
     parser.add_argument("--seed", type=int, default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -217,7 +245,7 @@ def main() -> None:
     seed = time.time_ns() if args.seed is None else args.seed
     rng = random.Random(seed)
     began = time.monotonic()
-    kills = Kills(args.folder, async_save=args.async_save)
+    kills = Kills(args.folder, async_save=args.async_save, kind=args.kind)
     for _ in range(args.random):
         sent = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
         kills.once(sent=sent, after=rng.uniform(0, LIFE_SECONDS))

@@ -18,6 +18,8 @@ from axolotl.common.datasets import load_datasets
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.train import count_parameters, setup_model_and_trainer, train
+from axolotl.utils.distributed import gather_from_all_ranks
+from tests.integration.training_runs import run_on_ranks
 from tests.tiny import make_tiny_base
 
 IDS = torch.arange(5, 53).reshape(2, 24)
@@ -142,6 +144,47 @@ KINDS = {
         {"peft_init_lora_weights": "pissa", "lora_target_modules": ["c_attn", "c_proj"], "lora_fan_in_fan_out": True},
     ),
     "olora": ("llama", {"peft_init_lora_weights": "olora"}),
+    "eva": ("llama", {"peft_init_lora_weights": "eva", "lora_rank_pattern": {"v_proj": 2}}),
+    "eva with everything": (
+        "llama",
+        {
+            "peft_init_lora_weights": "eva",
+            "peft_use_dora": True,
+            "peft_use_rslora": True,
+            "lora_modules_to_save": ["lm_head"],
+            "peft_trainable_token_indices": [7],
+            "gradient_checkpointing": True,
+        },
+    ),
+    "eva, Conv1D": (
+        "gpt2",
+        {"peft_init_lora_weights": "eva", "lora_target_modules": ["c_attn", "c_proj"], "lora_fan_in_fan_out": True},
+    ),
+    "corda": ("llama", {"peft_init_lora_weights": "corda"}),
+    "corda, packed": (
+        "llama",
+        {"peft_init_lora_weights": "corda", "sample_packing": True, "lora_target_modules": ["q_proj", "embed_tokens"]},
+    ),
+    "corda, Conv1D": (
+        "gpt2",
+        {"peft_init_lora_weights": "corda", "lora_target_modules": ["c_attn", "c_proj"], "lora_fan_in_fan_out": True},
+    ),
+    "lora_ga": ("llama", {"peft_init_lora_weights": "lora_ga"}),
+    "lora_ga with everything": (
+        "llama",
+        {
+            "peft_init_lora_weights": "lora_ga",
+            "peft_use_dora": True,
+            "peft_use_rslora": True,
+            "lora_rank_pattern": {"q_proj": 2},
+            "lora_modules_to_save": ["lm_head"],
+            "gradient_checkpointing": True,
+        },
+    ),
+    "lora_ga, Conv1D": (
+        "gpt2",
+        {"peft_init_lora_weights": "lora_ga", "lora_target_modules": ["c_attn", "c_proj"], "lora_fan_in_fan_out": True},
+    ),
     "patterns": ("llama", {"lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"v_proj": 32}}),
     "some layers": ("llama", {"peft_layers_to_transform": [1]}),
     "the first layer": ("llama", {"peft_layers_to_transform": 0, "peft_layers_pattern": "layers"}),
@@ -198,6 +241,24 @@ def test_a_four_bit_base_merges_into_what_was_trained(keys, config, tmp_path):
     assert_same(logits(plain(tmp_path / "out" / "merged")), logits(model))
 
 
+def test_an_eight_bit_base_merges_into_what_was_trained(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = config(**{**LORA, "load_in_8bit": True})
+    model, _, cfg = run(path)
+    expected = logits(model)
+    merge_lora(path)
+    merged = plain(tmp_path / "out" / "merged")
+    merge_lora(path, dequant=True)
+    unrounded = plain(tmp_path / "out" / "merged")
+    # What is left is the rounding of inputs, which no weight can stand for.
+    assert (logits(merged) - expected).norm() < (logits(unrounded) - expected).norm()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    base = plain(cfg.base_model).state_dict()[name]
+    assert torch.equal(unrounded.state_dict()[name], base)
+    steps = base.abs().amax(dim=1, keepdim=True) / 127
+    assert 0 < (merged.state_dict()[name] - base).abs().div(steps).max() < 0.6
+
+
 def test_evaluating_leaves_the_training_of_a_four_bit_base_alone(config):
     """bitsandbytes packs weights anew on some CPUs when it first evaluates; no gradient passed through these."""
     pytest.importorskip("bitsandbytes")
@@ -227,11 +288,14 @@ def test_loftq_loads_and_merges_on_the_rounded_base(bits, config, tmp_path):
     [
         {"peft_init_lora_weights": "pissa_niter_2"},
         {"peft_init_lora_weights": "olora", "peft_use_dora": True},
+        {"peft_init_lora_weights": "eva", "lora_rank_pattern": {"v_proj": 2}},
+        {"peft_init_lora_weights": "corda", "peft_use_dora": True, "lora_rank_pattern": {"v_proj": 2}},
+        {"peft_init_lora_weights": "lora_ga", "sample_packing": True, "bf16": True, "gradient_checkpointing": True},
         {"peft": {"loftq_config": {"loftq_bits": 4}}},
         {"peft_layer_replication": [[0, 2], [1, 2]]},
         {"neftune_noise_alpha": 5},
     ],
-    ids=["pissa", "olora", "loftq", "replicated", "noise"],
+    ids=["pissa", "olora", "eva", "corda", "lora_ga", "loftq", "replicated", "noise"],
 )
 def test_a_resumed_adapter_goes_on_bit_for_bit(keys, config, tmp_path):
     if "peft" in keys:
@@ -248,6 +312,29 @@ def test_a_resumed_adapter_goes_on_bit_for_bit(keys, config, tmp_path):
     again, resumed, _ = run(path)
     assert resumed == losses
     assert torch.equal(logits(again), logits(model))
+
+
+def start_on_a_rank(folder: Path) -> dict[str, list]:
+    """What the first layer starts from, by method: sums that differ when a single bit does."""
+    found = {}
+    for method in ("eva", "corda", "lora_ga"):
+        cfg = load_cfg(
+            folder.parent / "config.yml", peft_init_lora_weights=method, output_dir=str(folder.parent / "out")
+        )
+        trainer, *_ = setup_model_and_trainer(cfg, load_datasets(cfg=cfg))
+        weights = {name: value for name, value in trainer.model.state_dict().items() if "layers.0" in name}
+        sums = [value.double().sum().item() for value in weights.values()]
+        every = gather_from_all_ranks(lambda sums=sums: sums)
+        assert every is None or all(one == sums for one in every)
+        found[method] = sums
+    return found
+
+
+def test_data_driven_starts_are_the_same_on_two_ranks(config, tmp_path):
+    path = config(**LORA, sample_packing=True)
+    alone = start_on_a_rank(tmp_path / "alone")
+    together = run_on_ranks(start_on_a_rank, path.parent)
+    assert together == alone
 
 
 def test_pissa_from_another_start_resumes_on_the_checkpoints_base(config, tmp_path):
@@ -378,9 +465,12 @@ def test_lisa_changes_only_the_layers_of_the_draw(config):
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
-def test_only_the_rows_of_a_range_change_even_with_weight_decay(config):
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "schedule_free_adamw", "muon"])
+def test_only_the_rows_of_a_range_change_even_with_weight_decay(optimizer, config):
+    if optimizer.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
     keys = {"unfrozen_parameters": ["^model.embed_tokens.weight$[:40]", "layers.1.mlp"], "weight_decay": 0.5}
-    model, _, cfg = run(config(**keys))
+    model, _, cfg = run(config(**keys, optimizer=optimizer))
     before = plain(cfg.base_model).state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"model.embed_tokens.weight"} | {
@@ -395,7 +485,8 @@ def test_only_the_rows_of_a_range_change_even_with_weight_decay(config):
     ("keys", "message"),
     [
         ({"peft_init_lora_weights": "pisa"}, "Did you mean `pissa`"),
-        ({"peft_init_lora_weights": "eva"}, "starts from your data"),
+        ({"peft_init_lora_weights": "eva", "rl": "dpo"}, "prepared rows"),
+        ({"peft_init_lora_weights": "corda", "adapter": "qlora", "load_in_4bit": True}, "unquantized weights"),
         ({"peft_init_lora_weights": "pissa", "adapter": "qlora", "load_in_4bit": True}, "unquantized weights"),
         ({"peft_init_lora_weights": "orthogonal", "lora_r": 3}, "even ranks"),
         ({"peft": {"loftq_config": {"loftq_bits": 3}}}, "not 4 or 8"),

@@ -91,7 +91,7 @@ def config(base, tmp_path):
 
 def test_merge_lora_writes_a_model_that_loads_alone(config, base, tmp_path):
     write_adapter(base, tmp_path / "out")
-    assert run(["merge-lora", str(config(flash_attention=True, load_in_8bit=True))]) == 0
+    assert run(["merge-lora", str(config(flash_attention=True, load_in_8bit=True)), "--dequant"]) == 0
     merged = tmp_path / "out" / "merged"
     assert AutoTokenizer.from_pretrained(merged).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
@@ -267,6 +267,19 @@ def test_plan_counts_the_run(config, capsys):
     assert run(["plan", str(config()), "--gpu", "h200"]) == 0
     text = capsys.readouterr().out
     assert "40 to train" in text and "steps       20" in text and "fits h200" in text
+
+
+def test_plan_names_what_is_chosen_on_the_gpu_that_is_named(config, capsys):
+    path = str(config(adapter="lora", lora_r=4, lora_target_linear=True, bf16="auto", tf32="auto"))
+    chosen = {}
+    for gpu in ("h200", "t4"):
+        assert run(["plan", path, "--gpu", gpu]) == 0
+        lines = (line.split() for line in capsys.readouterr().out.splitlines())
+        chosen[gpu] = {line[0]: line[1] for line in lines if len(line) > 1}
+    keys = ("bf16", "tf32", "lora_mlp_kernel", "lora_qkv_kernel", "torch_compile")
+    assert [chosen["h200"].get(key) for key in keys] == ["True"] * 5
+    assert [chosen["t4"].get(key) for key in keys] == ["False", "False", "True", "True", "True"]
+    assert chosen["t4"]["fp16"] == "True"
 
 
 def test_plan_fails_with_a_remedy_when_memory_is_short(config, base, tmp_path, capsys):

@@ -218,7 +218,7 @@ def test_text_metrics_can_choose_the_best_model(inputs, tmp_path):
 def test_a_metric_without_its_package_is_an_error_before_the_model_is_loaded(inputs, tmp_path):
     cfg = load(inputs, tmp_path / "out", do_causal_lm_eval=True, eval_causal_lm_metrics=["comet", "perplexity"])
     cfg["base_model"] = "/nowhere"
-    with pytest.raises(ConfigError, match=r"`comet` \(for comet\).*unbabel-comet.*perplexity\]"):
+    with pytest.raises(ConfigError, match=r"`comet` \(for comet\).*axolotl\[metrics\]' unbabel-comet.*perplexity\]"):
         train(cfg=cfg, dataset_meta=None)
 
 
@@ -236,6 +236,27 @@ def test_benchmark(inputs, tmp_path):
     counts = (3, 2, 2)
     right = sum(count * accuracy for count, accuracy in zip(counts, by_subject, strict=True))
     assert scores[0]["test_bench_total_accuracy"] == pytest.approx(right / 7)
+
+
+@pytest.mark.parametrize("keys", [{}, {"sample_packing": True}, {"load_best_model_at_end": True, "save_steps": 2}])
+def test_a_benchmark_alone_needs_no_rows_to_evaluate_on(inputs, tmp_path, keys):
+    best = {"metric_for_best_model": "bench_total_accuracy", "save_strategy": None} if "save_steps" in keys else {}
+    cfg = load(
+        inputs, tmp_path / "out", **BENCH, **keys, **best, bench_dataset=str(inputs / "bench.jsonl"), val_set_size=0
+    )
+    trainer = run(cfg)
+    scores = [entry["step"] for entry in trainer.state.log_history if "eval_bench_total_accuracy" in entry]
+    assert scores == [0, 2, 4]
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_a_metric_that_no_evaluation_has_is_said_at_the_first_one(inputs, tmp_path):
+    keys = {**SAVES, "load_best_model_at_end": True, "metric_for_best_model": "nope"}
+    cfg = load(inputs, tmp_path / "out", **keys)
+    with pytest.raises(ConfigError, match=r"`metric_for_best_model: nope`.* eval_loss, eval_ppl"):
+        run(cfg)
+    assert not list(Path(cfg.output_dir).glob("checkpoint-*"))
+    assert "eval_loss" in evaluate(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
 
 
 @pytest.mark.parametrize("name", ["nobody/has-this/file.json", "mmlu-zs", None])
@@ -395,6 +416,20 @@ def test_the_profiler_records_the_steps_asked_for(inputs, tmp_path):
     events = json.loads((Path(cfg.output_dir) / "profiler_trace.json").read_text())["traceEvents"]
     steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step")]
     assert len(steps) == 2
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path, caplog):
+    cfg = load(inputs, tmp_path / "out", profiler_steps=1, eval_steps=None, val_set_size=0)
+    (Path(cfg.output_dir) / "profiler_trace.json" / "taken").mkdir(parents=True)
+    trainer = run(cfg)
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert "The profile could not be written" in caplog.text
+
+
+def test_a_profile_beyond_the_end_is_said(inputs, tmp_path, caplog):
+    cfg = load(inputs, tmp_path / "out", profiler_steps=1, profiler_steps_start=50, eval_steps=None, val_set_size=0)
+    run(cfg)
+    assert "`profiler_steps_start: 50` lies beyond it" in caplog.text
 
 
 class AsksForACheckpoint(TrainerCallback):

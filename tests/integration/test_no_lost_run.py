@@ -58,33 +58,38 @@ def all_in_background(monkeypatch):
 # ---- killed
 
 
+def kill_runs(folder: Path, *options: str) -> dict[str, int]:
+    """Run `killed_runs`. Returns its counts."""
+    # Memory takes the files where it can: a kill loses no page of it either, and nothing waits for a disk.
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else folder
+    place = base / f"killed-{os.getpid()}-{folder.name}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "tests.integration.killed_runs", str(place), *options]
+    try:
+        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
 def test_killed_at_every_operation_and_at_random(tmp_path, in_background):
     """Each point of the protocol at which a run can die, then moments that nobody chose."""
-    # Memory takes the files where it can: a kill loses no page of it either, and nothing waits for a disk.
-    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
-    folder = base / f"killed-{os.getpid()}-{in_background}"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.integration.killed_runs",
-        str(folder),
-        "--random",
-        "25",
-        "--operations",
-        "45",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    try:
-        run = subprocess.run(
-            [*command, *(["--async-save"] if in_background else [])], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    counts = json.loads(run.stdout.splitlines()[-1])
+    mode = ["--async-save"] if in_background else []
+    counts = kill_runs(tmp_path, "--random", "25", "--operations", "45", *mode)
     assert counts["kills"] + counts["terms"] >= 50
     assert counts["inside_a_save"] >= 20
+
+
+@pytest.mark.parametrize("kind", ["8-bit optimizer", "stream"])
+def test_killed_while_saving_in_the_background(tmp_path, kind):
+    if kind == "8-bit optimizer":
+        pytest.importorskip("bitsandbytes")
+    counts = kill_runs(tmp_path, "--random", "6", "--operations", "12", "--async-save", "--kind", kind)
+    assert counts["kills"] + counts["terms"] >= 12
+    assert counts["inside_a_save"] >= 5
+    assert counts["finished"] >= 1
 
 
 # ---- in the background
@@ -95,6 +100,10 @@ KINDS = {
     "lora": {"lora": {"lora_dropout": 0.1}},
     "packed": {"packed": True, "per_device_train_batch_size": 1},
     "adafactor": {"optim": "adafactor"},
+    "8_bit_optimizer": {
+        "optim": "adamw_bnb_8bit",
+        "model_config": {"hidden_size": 64, "intermediate_size": 128, "attention_dropout": 0.2},
+    },
     "best": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1},
     "model_only": {"save_only_model": True},
     "bf16_weights": {"model_config": {"dtype": torch.bfloat16}},
@@ -107,6 +116,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_files_of_a_background_save_are_those_of_one_that_waits(tmp_path, kind, all_in_background):
+    if "8_bit" in kind:
+        pytest.importorskip("bitsandbytes")
     trainers = []
     for in_background in (False, True):
         # The path is in the files, so both runs have the same.

@@ -90,6 +90,38 @@ def test_stop_saves_after_patience_and_names_the_rows(tmp_path):
     assert all(torch.isfinite(weight).all() for weight in weights_of(trainer).values())
 
 
+def test_a_run_that_ends_in_the_middle_of_a_streak_ends_with_an_error(tmp_path):
+    def run(resume=None, **args):
+        trainer = make(tmp_path, steps=[7, 8], packed=True, save_strategy="no", **args)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    for attempt in range(2):  # what is resumed has ended so as well
+        last = find_last_whole_checkpoint(tmp_path / "out")
+        with pytest.raises(TrainingStopped) as stopped:
+            run(resume=last and str(last))
+        message = str(stopped.value)
+        for said in ("The loss of step 8 is nan", "learning rate", "of the prepared dataset", "2 such steps in a row"):
+            assert said in message, attempt
+        assert "checkpoint-8" in message
+    checkpoint = find_last_whole_checkpoint(tmp_path / "out")
+    assert checkpoint.name == "checkpoint-8"
+    taken = run(resume=str(checkpoint), non_finite_policy="skip")
+    assert taken.state.global_step == 8
+    assert all(torch.isfinite(weight).all() for weight in weights_of(taken).values())
+
+
+def test_an_end_before_the_last_step_does_not_hide_a_streak(tmp_path):
+    class Ends(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer = make(tmp_path, steps=[4], save_strategy="no", callbacks=[Ends()])
+    with pytest.raises(TrainingStopped, match="ends with such a step"):
+        trainer.train()
+    assert find_last_whole_checkpoint(tmp_path / "out").name == "checkpoint-4"
+
+
 def test_raise_ends_at_the_first(tmp_path):
     trainer = make(tmp_path, steps=[2], non_finite_policy="raise", save_strategy="steps", save_steps=1)
     with pytest.raises(TrainingStopped, match="The loss of step 2 is nan"):
@@ -113,7 +145,8 @@ def test_resuming_between_skipped_steps_is_exact(tmp_path):
 def test_patience_counts_across_a_resume(tmp_path):
     common = {"non_finite_patience": 2, "save_strategy": "steps", "save_steps": 1}
     first = make(tmp_path, steps=[3], max_steps=3, **common)
-    first.train()
+    with pytest.raises(TrainingStopped, match="step 3"):
+        first.train()
     second = make(tmp_path, steps=[4], **common)
     with pytest.raises(TrainingStopped, match="step 4"):
         second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))

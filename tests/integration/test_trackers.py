@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
+from axolotl.evaluate import evaluate
 from axolotl.exceptions import ConfigError, TrackerError
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.train import train
@@ -216,6 +217,38 @@ def test_wandb_gets_the_model_when_asked(config, tmp_path):
     assert names == [{"base_model"}, {"final_model"}]
 
 
+def test_wandb_watches_the_model(config, tmp_path):
+    """transformers asks for a histogram every hundred passes."""
+    pytest.importorskip("wandb")
+    keys = {"max_steps": 102, "logging_steps": 51, "eval_steps": None, "val_set_size": 0}
+    run(config(wandb_project="p", wandb_mode="offline", wandb_watch=True, **keys))
+    items = [item for record in read_wandb(tmp_path) for item in record.history.item]
+    names = ["/".join(item.nested_key) or item.key for item in items if '"histogram"' in item.value_json]
+    assert any("lm_head.weight/" in name for name in names), names  # wandb numbers what it watches
+    assert {name.split("/")[0] for name in names} == {"gradients"}
+
+
+def test_an_evaluation_reports_and_ends_its_run(config, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    cfg = config(wandb_project="p", wandb_mode="offline", wandb_run_id="evaluated")
+    metrics = evaluate(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+    assert wandb.run is None
+    records = read_wandb(tmp_path)
+    items = {item.key or item.nested_key[0]: item.value_json for r in records for item in r.history.item}
+    assert float(items["eval/loss"]) == metrics["eval_loss"]
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def test_an_evaluation_finds_out_first_that_a_tracker_cannot_start(config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cfg = config(wandb_project="p", wandb_mode="online")
+    cfg["base_model"] = "/nowhere"
+    with pytest.raises(TrackerError, match=r"wandb login.*wandb_mode: offline"):
+        evaluate(cfg=cfg, dataset_meta=None)
+
+
 def test_without_a_login_wandb_says_so_at_once(config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -344,8 +377,13 @@ def test_trackio(config, tmp_path):
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    run(config(trackio_project_name="p", trackio_run_name="r", **SECRET_KEYS))
+    samples = {"generate_samples": True, "num_generation_samples": 2, "generation_max_new_tokens": 4}
+    run(config(trackio_project_name="p", trackio_run_name="r", **samples, **SECRET_KEYS))
     (path,) = (tmp_path / "trackio").glob("p.db")
+    tables = [entry["generated_samples"] for entry in SQLiteStorage.get_logs("p", "r") if "generated_samples" in entry]
+    written = [json.loads(line) for line in (tmp_path / "out/generated_samples.jsonl").read_text().splitlines()]
+    shown = [row["Predicted Completion (model.generate)"] for table in tables for row in table["_value"]]
+    assert shown == [sample["generated"] for sample in written]
     assert [entry["train/global_step"] for entry in SQLiteStorage.get_logs("p", "r") if "train/loss" in entry] == [3, 6]
     assert SQLiteStorage.get_run_config("p", "r")["axolotl_config"]["learning_rate"] == 0.01
     assert files_with(SECRET, path.parent) == []

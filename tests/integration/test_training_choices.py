@@ -29,6 +29,26 @@ def test_rates_by_group(tmp_path):
     assert rates == {"embeddings": 5e-4, "v": 2e-3, "parameters": 1e-3}
     decays = {group["weight_decay"] for group in trainer.optimizer.param_groups if group["name"] == "parameters"}
     assert decays == {0.0, 0.1}
+    # What is logged is the rate of `learning_rate`, not that of a group.
+    assert trainer.state.log_history[0]["learning_rate"] == 1e-3
+
+
+def test_a_warmup_as_long_as_the_run_is_said(tmp_path, caplog):
+    run(tmp_path, warmup_steps=50)
+    assert "The warmup of 50 steps is as long as the run of 4" in caplog.text
+
+
+def test_groups_of_one_name_keep_their_own_rates(tmp_path):
+    groups = [
+        {"name": "parameters", "modules": [f"{kind}_proj"], "lr": rate} for kind, rate in (("v", 2e-3), ("q", 3e-3))
+    ]
+    trainer = run(tmp_path, lr_groups=groups)
+    sizes = {
+        group["initial_lr"]: len(group["params"])
+        for group in trainer.optimizer.param_groups
+        if not group["weight_decay"]
+    }
+    assert sizes[2e-3] == sizes[3e-3] == 2
 
 
 def test_lora_plus(tmp_path):

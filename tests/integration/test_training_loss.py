@@ -106,6 +106,35 @@ def test_with_an_adapter(tmp_path, lora):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"label_smoothing_factor": 0.2},
+        {"loss_token_scaling": True},
+        {"loss_entropy_top_k": 20, "loss_entropy_alpha": 2.0},
+    ],
+)
+def test_smoothed_and_weighted_losses(tmp_path, kwargs):
+    results = []
+    for fused in (True, False):
+        trainer = run(tmp_path / str(fused), 2, 2, fused_linear_loss=fused, **kwargs)
+        assert isinstance(trainer._output_head, OutputHead) == fused
+        results.append((steps_of(trainer), trainer.evaluate()["eval_loss"]))
+    (ours, our_eval), (theirs, their_eval) = results
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert our_eval == pytest.approx(their_eval, rel=1e-5)
+
+
+def test_what_a_token_weighs_changes_what_is_learnt_and_not_what_is_measured(tmp_path):
+    plain, weighed = (run(tmp_path / str(on), 2, 1, loss_token_scaling=on) for on in (False, True))
+    assert steps_of(weighed)[0][0] < 0.5 * steps_of(plain)[0][0]
+    for trainer in (plain, weighed):
+        model = trainer.model.eval()
+        loss, _ = naive_step(model, trainer.eval_dataset)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("kwargs", [{"gradient_checkpointing": True}, {"bf16": True}])
 def test_with_checkpointing_and_autocast(tmp_path, kwargs):
     results = []

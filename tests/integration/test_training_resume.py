@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from axolotl.core import checkpoint as checkpoints
 from axolotl.core.checkpoint import check_checkpoint, find_last_whole_checkpoint, list_checkpoints, remove_leftovers
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.exceptions import OutputError, TrainingStopped
-from axolotl.utils.callbacks.guards import LossWatchDogCallback, SkipEvalOnResumeCallback
+from axolotl.utils.callbacks.guards import EarlyStoppingCallback, LossWatchDogCallback, SkipEvalOnResumeCallback
 from tests.integration.training_runs import evaluations_of, make_trainer, run_on_ranks, steps_of, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +105,79 @@ def test_resuming_keeps_what_is_known_of_the_best_model(tmp_path):
     assert whole.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-3")
     for step in (3, 4):
         same_state(run(step), whole)
+
+
+def learning_rates(trainer: AxolotlTrainer) -> list[float]:
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"lr_scheduler_type": "linear", "warmup_steps": 0.5},
+        {"alternate_lr_scheduler_type": "rex"},
+        {"alternate_lr_scheduler_type": "one_cycle"},
+        {"jagged_restart_steps": 3, "jagged_restart_warmup_steps": 2},
+        {"cosine_min_lr_ratio": 0.1, "embedding_lr": 1e-4},
+    ],
+    ids=["cosine", "longer warmup", "rex", "one cycle", "restarts", "groups"],
+)
+def test_a_longer_run_follows_its_own_schedule_from_the_first_step(tmp_path, args):
+    """The rates of a run that is resumed for more steps are those of one that had so many steps from its beginning."""
+    common = {"logging_steps": 1, **args}
+    whole = stopped_anywhere(tmp_path / "whole", **common, max_steps=12, save_strategy="no")
+    whole.train()
+    stopped_anywhere(tmp_path, **common, max_steps=6).train()
+    resumed = stopped_anywhere(tmp_path, **common, max_steps=12, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert learning_rates(resumed)[4:] == learning_rates(whole)[4:]
+    if "alternate_lr_scheduler_type" in args:
+        groups = zip(resumed.optimizer.param_groups, whole.optimizer.param_groups, strict=True)
+        assert all(ours["betas"] == theirs["betas"] for ours, theirs in groups)
+
+
+def test_a_rate_that_a_callback_has_set_is_resumed(tmp_path):
+    class Halve(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    whole = stopped_anywhere(tmp_path, callbacks=[Halve()], logging_steps=1)
+    whole.train()
+    resumed = stopped_anywhere(tmp_path, callbacks=[Halve()], logging_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    same_state(resumed, whole)
+
+
+def test_what_had_ended_a_run_ends_it_again_until_it_is_given_more_patience(tmp_path, caplog):
+    def run(patience: int, strikes: int = 99, resume: bool = False) -> AxolotlTrainer:
+        watchdog = LossWatchDogCallback(threshold=0.1, patience=strikes)
+        callbacks = [EarlyStoppingCallback(patience), watchdog]
+        evaluating = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "metric_for_best_model": "step"}
+        trainer = stopped_anywhere(
+            tmp_path, callbacks=[Grows(), *callbacks], **evaluating, greater_is_better=False, num_train_epochs=3
+        )
+        last = find_last_whole_checkpoint(tmp_path / "out")
+        trainer.train(resume_from_checkpoint=str(last) if resume else None)
+        return trainer
+
+    class Grows(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_step"] = state.global_step
+
+    before = run(patience=2)
+    stopped_at = before.state.global_step
+    again = run(patience=2, resume=True)
+    assert again.state.global_step == stopped_at < again.state.max_steps
+    assert "Early stopping had ended the run" in caplog.text
+    same_state(again, before)
+    longer = run(patience=4, strikes=2, resume=True)
+    assert longer.state.global_step > stopped_at
+    stopped_at = longer.state.global_step
+    assert run(patience=9, strikes=2, resume=True).state.global_step == stopped_at
+    assert "`loss_watchdog_threshold: 0.1` had ended the run" in caplog.text
+    assert run(patience=99, resume=True).state.global_step == 12
 
 
 def resumed_on_a_rank(folder: Path) -> bool:

@@ -104,6 +104,33 @@ def test_secrets_are_not_saved(config):
             assert b"very-secret" not in path.read_bytes(), path
 
 
+def test_the_pickled_arguments_hold_no_secret(config, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "value-of-some-key")
+
+    class Secretive(BasePlugin):
+        def get_training_args(self, cfg):
+            return {
+                "hub_token": "hf_" + "x" * 30,
+                "hub_revision": "https://me:password-of-me@host/x",
+                "run_name": "with value-of-some-key",
+                "lr_scheduler_kwargs": {"num_cycles": 0.5},
+            }
+
+    manager = PluginManager.get_instance()
+    monkeypatch.setitem(manager.plugins, "secretive", Secretive())
+    cfg = config(save_strategy=None, save_steps=2)
+    _, _, trainer = run(cfg)
+    assert trainer.args.hub_token == "hf_" + "x" * 30
+    saved = list(Path(cfg.output_dir).rglob("training_args.bin"))
+    assert len(saved) == 3  # two checkpoints and the model
+    for path in saved:
+        args = torch.load(path, weights_only=False)
+        assert args.lr_scheduler_kwargs == {"num_cycles": 0.5}
+        assert args.learning_rate == 0.01
+        for secret in (b"hf_xxx", b"password-of-me", b"value-of-some-key"):
+            assert secret not in path.read_bytes(), secret
+
+
 def test_resuming_by_key_goes_on(config):
     run(config(max_steps=2, save_strategy=None, save_steps=1))
     cfg = config(max_steps=4, save_strategy=None, save_steps=1, auto_resume_from_checkpoints=True)

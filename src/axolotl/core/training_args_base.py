@@ -41,6 +41,9 @@ class AxolotlTrainingMixins:
     # Loss.
     fused_linear_loss: bool = _arg(True, "Compute the head and its cross-entropy together, in bounded memory.")
     loss_num_chunks: int | None = _arg(None, "Pieces that the rows go through head and loss in. None: by memory.")
+    loss_token_scaling: bool = _arg(False, "Weigh each token's loss by the probability that the model gives it.")
+    loss_entropy_top_k: int = _arg(0, "Weigh each token's loss by the entropy of so many tokens (EAFT). 0: do not.")
+    loss_entropy_alpha: float = _arg(1.0, "Exponent of that weight.")
 
     # Optimizer.
     alternate_optimizer: str | None = _arg(None, "An optimizer that transformers does not know.")

@@ -27,6 +27,7 @@ from axolotl.loaders.adapter_config import (
     resolve_target_modules,
 )
 from axolotl.loaders.adapter_init import load_trained, save_as_difference, start_with_loftq, takes_out_of_base
+from axolotl.loaders.data_starts import DATA_STARTS, DataStart, start_from_data, take_ranks
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -76,13 +77,18 @@ def setup_quantized_peft_meta_for_training(model: nn.Module) -> None:
 
 
 def load_lora(
-    model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
+    model: PreTrainedModel,
+    cfg: DictDefault,
+    inference: bool = False,
+    config_only: bool = False,
+    data_start: DataStart | None = None,
 ) -> tuple[PreTrainedModel | PeftModel | None, PeftConfig | None]:
     """LoRA on `model`: new, or continued from `lora_model_dir`.
 
     Args:
         inference: load the adapter frozen.
         config_only: return `(None, config)` and leave the model alone, for trainers that adapt the model themselves.
+        data_start: the rows to start from, with `peft_init_lora_weights: eva | corda | lora_ga`.
 
     Raises:
         ModelError: `lora_model_dir` is not there or does not fit the model; targets that match nothing.
@@ -95,15 +101,20 @@ def load_lora(
     setup_quantized = _is_on_meta(model)
     if setup_quantized:
         setup_quantized_meta_for_peft(model)
+    if data_start is not None:
+        take_ranks(config, data_start)
     adapted = _start(model, config, cfg)
     if setup_quantized:
         setup_quantized_peft_meta_for_training(model)
+    if data_start and data_start.rows is not None:
+        adapted = start_from_data(adapted, data_start, lambda plain, ranked: _start(plain, ranked, cfg))
+        config = adapted.peft_config["default"]
     trainable, total = adapted.get_nb_trainable_parameters()
     LOG.info(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f} %)")
     return adapted, config
 
 
-def _start(model: PreTrainedModel, config: PeftConfig, cfg: DictDefault) -> PeftModel:
+def _start(model: nn.Module, config: PeftConfig, cfg: DictDefault) -> PeftModel:
     """`model` with a new adapter, started as the config says.
 
     Raises:
@@ -120,7 +131,8 @@ def _start(model: PreTrainedModel, config: PeftConfig, cfg: DictDefault) -> Peft
     assert isinstance(adapted, PeftModel)
     if not isinstance(config, LoraConfig):
         return adapted
-    if takes_out_of_base(config.init_lora_weights):
+    init = cfg.peft_init_lora_weights if cfg.peft_init_lora_weights in DATA_STARTS else config.init_lora_weights
+    if takes_out_of_base(init):
         save_as_difference(adapted)
     bits = read_loftq_bits(cfg)
     if bits is not None:
@@ -189,9 +201,14 @@ def load_llama_adapter(
 
 
 def load_adapter(
-    model: PreTrainedModel, cfg: DictDefault, adapter: str | None, inference: bool = False, config_only: bool = False
+    model: PreTrainedModel,
+    cfg: DictDefault,
+    adapter: str | None,
+    inference: bool = False,
+    config_only: bool = False,
+    data_start: DataStart | None = None,
 ) -> tuple[Any, PeftConfig | None]:
-    """Put the adapter named by `adapter` on `model`; without one the model comes back as it is.
+    """Put the adapter named by `adapter` on `model`; without one the model comes back as it is. Arguments as `load_lora`.
 
     Returns:
         The adapted model and its config; `(None, config)` with `config_only`.
@@ -208,7 +225,7 @@ def load_adapter(
     if built is not None:
         return built
     if adapter in LORA_ADAPTERS:
-        return load_lora(model, cfg, inference=inference, config_only=config_only)
+        return load_lora(model, cfg, inference=inference, config_only=config_only, data_start=data_start)
     if adapter == "llama-adapter":
         return load_llama_adapter(model, cfg, inference=inference, config_only=config_only)
     raise ConfigError(f"`adapter: {adapter}` is not built. Write `lora` or `qlora`, or list the plugin that brings it.")

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.integrations.base import PluginManager
+from axolotl.loaders.data_starts import DATA_STARTS
 from axolotl.loaders.utils import get_linear_embedding_layers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -127,8 +128,10 @@ def _init_keywords(cfg: DictDefault) -> dict[str, Any]:
     """Keywords of `LoraConfig` that say how the matrices start and are shaped."""
     keywords: dict[str, Any] = {}
     same = {
-        # LoftQ starts after peft is done: peft's own needs a GPU and scipy.
-        "init_lora_weights": None if read_loftq_bits(cfg) else cfg.peft_init_lora_weights,
+        # These start after peft is done: its LoftQ needs a GPU and scipy, and the others rows.
+        "init_lora_weights": None
+        if read_loftq_bits(cfg) or cfg.peft_init_lora_weights in DATA_STARTS
+        else cfg.peft_init_lora_weights,
         "use_dora": cfg.peft_use_dora,
         "use_rslora": cfg.peft_use_rslora,
         "layer_replication": [tuple(pair) for pair in cfg.peft_layer_replication]

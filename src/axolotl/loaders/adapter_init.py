@@ -1,6 +1,6 @@
-"""Starts of LoRA that change the base weights: PiSSA, OLoRA and LoftQ.
+"""Starts of LoRA that change the base weights: PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.
 
-PiSSA and OLoRA take an initial `s·B0·A0` out of the base weight and train from there, so that trained matrices alone say
+All but LoftQ take an initial `s·B0·A0` out of the base weight and train from there, so that trained matrices alone say
 nothing about the base model on the disk. What is saved is therefore the difference `s·(B·A - B0·A0)`, a plain LoRA of twice
 the rank: `[B, -B0]` and `[A; A0]`. It loads and merges anywhere without doing the start again, and holds both halves that
 a resumed run needs.
@@ -46,10 +46,11 @@ _MATRIX = re.compile(rf"(?P<layer>.+)\.(?P<kind>lora_(?:embedding_)?[AB])(?:\.{A
 
 def takes_out_of_base(init: Any) -> bool:
     """Whether a value of `peft_init_lora_weights` takes the initial matrices out of the base weight."""
-    return isinstance(init, str) and (init == "olora" or init == "pissa" or init.startswith("pissa_niter_"))
+    return isinstance(init, str) and (init in ("olora", "pissa", "corda", "lora_ga") or init.startswith("pissa_niter_"))
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of every layer under LoRA."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -57,18 +58,18 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-# --- PiSSA and OLoRA --------------------------------------------------------------------------------------------------
+# --- an initial product out of the base -------------------------------------------------------------------------------
 
 
 def save_as_difference(model: PeftModel) -> None:
-    """Make a model that was just started with PiSSA or OLoRA save plain LoRA differences, and read them back.
+    """Make a model whose adapter was just made save plain LoRA differences to its start, and read them back.
 
     The model gets a class of its own: peft has no hook between its state and the file.
 
     Raises:
         ConfigError: the rank is larger than a layer.
     """
-    for name, module in _lora_layers(model):
+    for name, module in lora_layers(model):
         if module.lora_A[ADAPTER].weight.shape[0] != module.r[ADAPTER]:
             raise ConfigError(
                 f"`lora_r: {module.r[ADAPTER]}` is larger than the layer `{name}` with {module.out_features} x "
@@ -77,7 +78,7 @@ def save_as_difference(model: PeftModel) -> None:
             )
     initial = {
         name: (module.lora_A[ADAPTER].weight.detach().clone(), module.lora_B[ADAPTER].weight.detach().clone())
-        for name, module in _lora_layers(model)
+        for name, module in lora_layers(model)
     }
     model.__class__ = type(type(model).__name__, (_SavesDifference, type(model)), {})
     model.initial = initial
@@ -107,21 +108,21 @@ class _SavesDifference(PeftModel):
         if weights[f"{layer}.lora_A.weight"].shape[0] != 2 * first.shape[0]:
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
         trained, initial = _halves(weights)
-        self._start_from(initial)
+        self.start_from(initial)
         with tempfile.TemporaryDirectory() as folder:
             save_file(trained, Path(folder) / WEIGHTS)
             return super().load_adapter(folder, adapter_name, *args, **kwargs)
 
     @torch.no_grad()
-    def _start_from(self, initial: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Change the base weights from those of this start to those of another one."""
+    def start_from(self, initial: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Change the base weights from those of this start to those of another one; layers without a new one stay."""
         changed = 0
-        for name, module in _lora_layers(self):
-            (a, b), (saved_a, saved_b) = self.initial[name], initial[name]
+        for name, module in lora_layers(self):
+            (a, b), (saved_a, saved_b) = self.initial[name], initial.get(name, self.initial[name])
             saved_a, saved_b = saved_a.to(a), saved_b.to(b)
             if torch.equal(a, saved_a) and torch.equal(b, saved_b):
                 continue
-            changed += 1
+            changed += bool(b.any())  # B = 0: this layer has not been started yet
             shift = module.scaling[ADAPTER] * (b.float() @ a.float() - saved_b.float() @ saved_a.float())
             weight = module.get_base_layer().weight
             weight.data = (weight.float() + (shift.T if module.fan_in_fan_out else shift)).to(weight.dtype)
@@ -131,6 +132,25 @@ class _SavesDifference(PeftModel):
                 f"{changed} layers start from other matrices here than in the checkpoint (another machine or seed): the base "
                 "weights are those of the checkpoint up to rounding."
             )
+
+
+@torch.no_grad()
+def start_from(model: PeftModel, starts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Start layers of a model of `save_as_difference` from these A0 and B0, which are taken out of its base."""
+    assert isinstance(model, _SavesDifference)
+    model.start_from(starts)
+    for name, module in lora_layers(model):
+        if name not in starts:
+            continue
+        for matrix, initial in zip((module.lora_A, module.lora_B), model.initial[name], strict=True):
+            matrix[ADAPTER].weight.copy_(initial)
+        measure_magnitude(module)
+
+
+def measure_magnitude(module: Any) -> None:
+    """DoRA measures the weight that it starts with."""
+    if ADAPTER in module.lora_variant:
+        module.lora_variant[ADAPTER].init(module, ADAPTER)
 
 
 def _doubled(
@@ -220,7 +240,7 @@ def start_with_loftq(model: PeftModel, bits: int) -> None:
     Raises:
         ConfigError: a layer under LoRA is no linear layer.
     """
-    for name, module in _lora_layers(model):
+    for name, module in lora_layers(model):
         base = _linear_base(name, module)
         rounded = round_trip(base.weight, bits).to(base.weight.dtype)
         matrix_a, matrix_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
@@ -230,15 +250,14 @@ def start_with_loftq(model: PeftModel, bits: int) -> None:
         root = values[:rank].sqrt()
         matrix_a.data = (root[:, None] * right[:rank]).to(matrix_a)
         matrix_b.data = (left[:, :rank] * root / module.scaling[ADAPTER]).to(matrix_b)
-        if ADAPTER in module.lora_variant:  # DoRA measures the weight that it starts with
-            module.lora_variant[ADAPTER].init(module, ADAPTER)
+        measure_magnitude(module)
     remember_loftq(model, bits)
 
 
 @torch.no_grad()
 def round_base(model: PeftModel, bits: int) -> None:
     """Round the base weights under a LoftQ adapter that was loaded."""
-    for name, module in _lora_layers(model):
+    for name, module in lora_layers(model):
         weight = _linear_base(name, module).weight
         weight.data = round_trip(weight, bits).to(weight.dtype)
     remember_loftq(model, bits)

@@ -21,6 +21,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.loaders import quantization
 from axolotl.loaders.adapter import LORA_ADAPTERS, cast_for_half_precision_attention, freeze_base, load_adapter
 from axolotl.loaders.constants import DEFAULT_AUTO_MODEL, MULTIMODAL_AUTO_MODEL
+from axolotl.loaders.data_starts import DataStart
 from axolotl.loaders.patch_manager import PatchManager
 from axolotl.loaders.utils import (
     ensure_dtype,
@@ -99,6 +100,7 @@ class ModelLoader:
         tokenizer: the tokenizer; its size and its special tokens decide those of the model.
         inference: load to answer: nothing is prepared for training, adapters are frozen, the cache is on.
         reference_model: load the plain model that a preference trainer compares with; no adapter.
+        data_start: what the adapter starts from, with a `peft_init_lora_weights` that looks at rows.
         model_config: the model's config.
         dtype: dtype of the weights.
         model: the model, once built.
@@ -111,12 +113,14 @@ class ModelLoader:
         *,
         inference: bool = False,
         reference_model: bool = False,
+        data_start: DataStart | None = None,
         **kwargs: Any,
     ):
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.inference = inference
         self.reference_model = reference_model
+        self.data_start = data_start
         self.kwargs = kwargs
         self.model_config = load_model_config(cfg)
         self.dtype = read_dtype(cfg, inference=inference)
@@ -363,8 +367,17 @@ class ModelLoader:
         if trainer_adapts and cfg.adapter in LORA_ADAPTERS:
             _, peft_config = load_adapter(self.model, cfg, cfg.adapter, config_only=True)
             return peft_config
-        self.model, peft_config = load_adapter(self.model, cfg, cfg.adapter, inference=self.inference)
+        start = None if self.inference else self.data_start
+        if start and start.rows is not None:
+            self._move_to_device()
+        self.model, peft_config = load_adapter(self.model, cfg, cfg.adapter, inference=self.inference, data_start=start)
         return peft_config
+
+    def _move_to_device(self) -> None:
+        """What the trainer would do later: rows go through the model before there is one."""
+        spread = "hf_device_map" in vars(self.model)
+        if not (spread or quantization.is_quantized(self.model) or self.cfg.layer_offloading):
+            self.model.to(self._device)  # pyright: ignore[reportArgumentType]
 
     def _check_something_trains(self) -> None:
         if (

@@ -78,8 +78,15 @@ def _redact_text(text: str, found: Sequence[str]) -> str:
 
 
 def _secrets_of_environment() -> list[str]:
-    """Longest first, so that one which contains another is replaced whole."""
-    values = {value for name, value in os.environ.items() if len(value) >= _SHORTEST_SECRET and is_secret_name(name)}
+    """Longest first, so that one which contains another is replaced whole.
+
+    Folders are no secrets: `PWD` names one, and so may `CREDENTIALS_DIRECTORY`.
+    """
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST_SECRET and is_secret_name(name) and not (name == "PWD" or os.path.isdir(value))
+    }
     return sorted(values, key=len, reverse=True)
 
 

@@ -75,6 +75,12 @@ def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch):
     assert redact_secrets(cfg) == {"path": f"s3://b/{HIDDEN}/x", "note": "ordinary-value"}
 
 
+def test_the_working_folder_is_no_secret(monkeypatch, tmp_path):
+    monkeypatch.setenv("PWD", str(tmp_path / "gone"))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert redact_secrets(f"{tmp_path}/gone/out") == f"{tmp_path}/gone/out"
+
+
 def test_keys_of_a_known_form_are_hidden_wherever_they_stand():
     assert redact_secrets(f"use hf_{'a' * 34} here") == f"use {HIDDEN} here"
     assert redact_secrets("hf_dataset_of_mine") == "hf_dataset_of_mine"

@@ -407,6 +407,34 @@ def check_scheduler_kwargs(schedule: Schedule) -> None:
         raise ConfigError(problems)
 
 
+def follow_own_curve(scheduler: Any) -> bool:
+    """After a checkpoint was loaded, give the optimizer the rates that the schedule of this run has where it stands.
+
+    The optimizer comes back with the rates of the schedule before, that of a shorter run for instance. A schedule whose rate
+    follows from the rate before, or from evaluations, goes on from there.
+
+    Returns:
+        Whether the rates are others than those of the checkpoint.
+    """
+    is_lambda = isinstance(scheduler, LambdaLR) and type(scheduler).get_lr is LambdaLR.get_lr
+    closed_form = is_lambda or isinstance(scheduler, ResumedLR)
+    if not closed_form or scheduler.last_epoch < 1:
+        return False
+    groups = scheduler.optimizer.param_groups
+    kept, before, count = [group["lr"] for group in groups], scheduler.get_last_lr(), scheduler._step_count
+    # The last step is taken once more: that is how torch sets rates, and the momentum that goes with them.
+    scheduler.last_epoch -= 1
+    if isinstance(scheduler, JaggedLRRestartScheduler):
+        scheduler.inner_schedule.last_epoch -= 1
+    scheduler.step()
+    scheduler._step_count = count
+    if scheduler.get_last_lr() != before:
+        return True
+    for group, rate in zip(groups, kept, strict=True):
+        group["lr"] = rate  # a callback may have set another than the schedule's
+    return False
+
+
 def _options_of(name: str) -> dict[str, inspect.Parameter]:
     if name == "rex":
         return {}

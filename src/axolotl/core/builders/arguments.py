@@ -5,17 +5,22 @@ What the user left open is decided here and recorded with `note_choice`, so that
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from axolotl.exceptions import ConfigError
 from axolotl.utils.callbacks.trackers import trackers_of
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.environment import find_device_type
+from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.geometry import is_varlen
 from axolotl.utils.schedulers import Schedule
+
+LOG = get_logger(__name__)
 
 # Keys that transformers has under the same name, passed on when the config sets them.
 SAME_NAME = (
@@ -79,7 +84,12 @@ OWN_SAME_NAME = (
 
 
 def read_warmup_steps(cfg: DictDefault, total_num_steps: int | None) -> int | float:
-    """Steps of the warmup; below 1 it is a share of a run whose length is not known yet."""
+    """Steps of the warmup; below 1 it is a share of a run whose length is not known yet.
+
+    Args:
+        cfg: the config.
+        total_num_steps: optimizer steps of all epochs, at most `max_steps`: the warmup is a share of these. None for a stream.
+    """
     if cfg.warmup_steps is not None:
         return cfg.warmup_steps
     if not total_num_steps:
@@ -87,6 +97,8 @@ def read_warmup_steps(cfg: DictDefault, total_num_steps: int | None) -> int | fl
     if cfg.warmup_ratio is not None:
         steps = int(cfg.warmup_ratio * total_num_steps)
         reason = f"`warmup_ratio: {cfg.warmup_ratio}` of {total_num_steps} steps"
+        if cfg.max_steps and cfg.max_steps > total_num_steps:
+            reason += f", which are those of the epochs: `max_steps: {cfg.max_steps}` goes beyond them"
     else:
         steps = min(int(0.03 * total_num_steps), 100)
         reason = f"3 % of {total_num_steps} steps, at most 100"
@@ -143,6 +155,61 @@ def read_eval_args(cfg: DictDefault, has_eval_set: bool) -> dict[str, Any]:
         if (cfg.early_stopping_patience or args["load_best_model_at_end"]) and not cfg.metric_for_best_model:
             args["metric_for_best_model"] = "loss"
     return args
+
+
+def check_best_model(cfg: DictDefault) -> None:
+    """The best model can be kept: there are evaluations, and saves fall together with them.
+
+    Raises:
+        ConfigError: they do not, or early stopping has nothing to go by.
+    """
+    evals = read_eval_args(cfg, has_eval_set=bool(cfg.val_set_size or cfg.test_datasets))
+    saves = read_save_args(cfg)
+    if evals["eval_strategy"] == "no":
+        remedy = "Nothing is evaluated during this run. Write `val_set_size: 0.05` or `test_datasets:`, and `evals_per_epoch: 1`."
+        if cfg.early_stopping_patience:
+            raise ConfigError(f"`early_stopping_patience: {cfg.early_stopping_patience}` needs evaluations. {remedy}")
+        if cfg.load_best_model_at_end:
+            LOG.warning(f"`load_best_model_at_end: true` has no effect: the last model is kept. {remedy}")
+        return
+    if not evals["load_best_model_at_end"] or saves["save_strategy"] == "best":
+        return
+    said = "`load_best_model_at_end: true` goes back to a checkpoint, so that every save must fall on an evaluation"
+    remedy = "Write the same number for `saves_per_epoch` and `evals_per_epoch`, or a `save_steps` that is a multiple of `eval_steps`."
+    if saves["save_strategy"] != evals["eval_strategy"]:
+        raise ConfigError(
+            f"{said}, but this run evaluates by `eval_strategy: {evals['eval_strategy']}` and saves by `save_strategy: "
+            f"{saves['save_strategy']}`. {remedy}"
+        )
+    if (
+        cfg.eval_steps
+        and cfg.save_steps
+        and min(cfg.eval_steps, cfg.save_steps) >= 1
+        and cfg.save_steps % cfg.eval_steps
+    ):
+        raise ConfigError(
+            f"{said}: `save_steps: {cfg.save_steps}` is no multiple of `eval_steps: {cfg.eval_steps}`. {remedy}"
+        )
+
+
+def align_saves(cfg: DictDefault, args: dict[str, Any], num_steps: int | None) -> dict[str, Any]:
+    """Where the best model is kept, shares of a run as `eval_steps` and `save_steps` become steps that fall together.
+
+    transformers rounds each of them up by itself: the best model would have been evaluated, and not saved.
+
+    Args:
+        cfg: the config.
+        args: the training arguments read so far.
+        num_steps: optimizer steps of the run; None when unknown.
+    """
+    evals, saves = args.get("eval_steps"), args.get("save_steps")
+    if not (args.get("load_best_model_at_end") and num_steps and evals and saves) or min(evals, saves) >= 1:
+        return {}
+    eval_steps, wanted = (int(n) if n >= 1 else math.ceil(n * num_steps) for n in (evals, saves))
+    save_steps = max(1, round(wanted / eval_steps)) * eval_steps
+    if save_steps != wanted:
+        note_choice(cfg, "save_steps", save_steps, f"the best model is kept, and evaluated every {eval_steps} steps")
+    return {"eval_steps": eval_steps, "save_steps": save_steps}
 
 
 def read_precision_args(cfg: DictDefault) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from axolotl.core.builders import arguments as read
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.callbacks.build import build_post_trainer_callbacks, build_pre_trainer_callbacks
+from axolotl.utils.data.steps import num_steps_of_run
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.optimizers.table import read_optimizer, read_optimizer_args
 
@@ -109,6 +110,7 @@ class TrainerBuilderBase(abc.ABC):
             PluginManager.get_instance().get_training_args(cfg) or {},
         ):
             args.update(part)
+        args.update(read.align_saves(cfg, args, num_steps_of_run(cfg, total_num_steps)))
         if "learning_rate" in args:
             args["learning_rate"] = float(args["learning_rate"])
         return args

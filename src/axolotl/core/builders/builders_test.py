@@ -32,6 +32,63 @@ def test_warmup(keys, total, steps):
     assert read.read_warmup_steps(DictDefault(keys), total) == steps
 
 
+def test_a_warmup_is_a_share_of_the_epochs_where_max_steps_goes_beyond_them():
+    cfg = DictDefault(warmup_ratio=0.1, max_steps=500)
+    assert read.read_warmup_steps(cfg, num_steps := 100) == 10
+    assert f"`warmup_ratio: 0.1` of {num_steps} steps" in cfg.resolution[0]["reason"]
+    assert "`max_steps: 500` goes beyond them" in cfg.resolution[0]["reason"]
+
+
+EVALUATED = {"val_set_size": 0.1, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({**EVALUATED, "eval_steps": 2, "save_steps": 3}, "`save_steps: 3` is no multiple of `eval_steps: 2`"),
+        ({**EVALUATED, "eval_steps": 2}, "`eval_strategy: steps` and saves by `save_strategy: epoch`"),
+        (
+            {"early_stopping_patience": 2, "eval_steps": 2, "save_steps": 2},
+            "`early_stopping_patience: 2` needs evaluations",
+        ),
+    ],
+)
+def test_a_best_model_that_cannot_be_kept_is_said_at_once(keys, said):
+    with pytest.raises(ConfigError, match=said):
+        read.check_best_model(DictDefault(keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {**EVALUATED, "eval_steps": 2, "save_steps": 4},
+        {**EVALUATED, "eval_steps": 0.15, "save_steps": 0.3},
+        {**EVALUATED, "eval_steps": 2, "save_strategy": "best"},
+        EVALUATED,
+    ],
+)
+def test_a_best_model_that_can_be_kept(keys):
+    read.check_best_model(DictDefault(keys))
+
+
+@pytest.mark.parametrize(
+    ("evals", "saves", "num_steps", "aligned"),
+    [
+        (1 / 9, 1 / 3, 20, (3, 6)),
+        (0.15, 0.3, 20, (3, 6)),
+        (0.5, 0.25, 8, (4, 4)),
+        (3, 0.5, 20, (3, 9)),
+        (2, 4, 20, None),
+    ],
+)
+def test_saves_of_the_best_model_fall_on_evaluations(evals, saves, num_steps, aligned):
+    args = {"load_best_model_at_end": True, "eval_steps": evals, "save_steps": saves}
+    found = read.align_saves(DictDefault(), args, num_steps)
+    assert found == ({} if aligned is None else {"eval_steps": aligned[0], "save_steps": aligned[1]})
+    assert read.align_saves(DictDefault(), {**args, "load_best_model_at_end": False}, num_steps) == {}
+
+
 @pytest.mark.parametrize(
     ("given", "total", "steps"), [(None, 100, 1), (None, 1000, 5), (None, 10**6, 10), (None, None, 500), (3, 9, 3)]
 )

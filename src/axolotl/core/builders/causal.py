@@ -19,16 +19,17 @@ from axolotl.utils.collators.build import build_collator
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
 
-# Keys that bring another loss: the model then computes its own.
-OTHER_LOSSES = (
+# Keys that ask for what the fused linear cross-entropy is.
+SAME_LOSS = (
     "cut_cross_entropy",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
-    "use_eaft",
+    "flash_attn_cross_entropy",
 )
 
-
 DEFAULT_LOSS_CHUNKS = 8
+DEFAULT_ENTROPY_TOP_K = 20
+SERVED = "the loss that needs no package: the logits never exist, rows without a label are dropped before the head"
 
 
 class HFCausalTrainerBuilder(TrainerBuilderBase):
@@ -45,11 +46,11 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             raise NotBuiltError("`reward_model` and `process_reward_model` are not implemented yet.")
         kwargs = self.read_base_training_args(total_num_steps)
         kwargs["model_type"] = cfg.model_config_type
-        kwargs["fused_linear_loss"] = not any(cfg[key] for key in OTHER_LOSSES)
-        if kwargs["fused_linear_loss"]:
-            self._note_loss()
-            if cfg.flash_attn_cross_entropy:
-                note_choice(cfg, "flash_attn_cross_entropy", False, "the fused linear cross-entropy replaces it")
+        self._note_loss()
+        kwargs["loss_token_scaling"] = bool(cfg.liger_use_token_scaling)
+        if cfg.use_eaft:
+            kwargs["loss_entropy_top_k"] = cfg.eaft_k or DEFAULT_ENTROPY_TOP_K
+            kwargs["loss_entropy_alpha"] = 1.0 if cfg.eaft_alpha is None else cfg.eaft_alpha
         if cfg.chunked_cross_entropy:
             kwargs["loss_num_chunks"] = cfg.chunked_cross_entropy_num_chunks or DEFAULT_LOSS_CHUNKS
         args = self.build_training_args(AxolotlTrainingArguments, kwargs)
@@ -79,6 +80,11 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             name = "cross-entropy of full logits" if isinstance(found, str) else "fused linear cross-entropy"
             memory = found if isinstance(found, str) else "without the logits in memory"
             note_choice(self.cfg, "loss", name, f"exact over the global batch; {memory}")
+            for key in SAME_LOSS:
+                if self.cfg[key]:
+                    note_choice(
+                        self.cfg, key, name, f"runs in its place: {found}" if isinstance(found, str) else SERVED
+                    )
 
     def build_collator(self, training_args: Any, is_eval: bool = False) -> Any:
         """The collator: a plugin's, else the one that the config asks for."""

@@ -18,6 +18,7 @@ from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
 from axolotl.core.trainers.nonfinite import NonFiniteGuard
 from axolotl.core.trainers.utils import memory_metrics, sanitize_kwargs_for_tagging
 from axolotl.core.trainers.watch import StepWatch
+from axolotl.exceptions import ConfigError
 from axolotl.utils.callbacks.hardware import flops_per_token, peak_flops
 from axolotl.utils.logging import get_logger
 
@@ -55,6 +56,7 @@ class AxolotlTrainer(
         "CheckpointSaveMixin": (
             "_inner_training_loop",
             "_finalize_training",
+            "_save",
             "_save_checkpoint",
             "_load_from_checkpoint",
         ),
@@ -65,7 +67,7 @@ class AxolotlTrainer(
             "prediction_step",
             "evaluation_loop",
         ),
-        "AxolotlTrainer": ("log", "push_to_hub", "create_model_card", "_run_epoch", "_get_grad_norm"),
+        "AxolotlTrainer": ("log", "evaluate", "push_to_hub", "create_model_card", "_run_epoch", "_get_grad_norm"),
     }
 
     tag_names = ("axolotl",)
@@ -113,6 +115,25 @@ class AxolotlTrainer(
             logs[key] = REDUCTIONS[metric["reduction"]](metric["values"])
         super().log(logs, start_time)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`Trainer.evaluate`; the first one of a run finds out whether there is a metric to compare models by.
+
+        Raises:
+            ConfigError: `metric_for_best_model` names none.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        wanted = self.args.metric_for_best_model
+        if self.is_in_train and metric_key_prefix == "eval" and wanted is not None:
+            name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+            if name not in metrics:
+                raise ConfigError(
+                    f"`metric_for_best_model: {wanted}`: evaluations of this run have no `{name}`. Write one of: "
+                    f"{', '.join(sorted(key for key in metrics if key.startswith('eval_')))}."
+                )
+        return metrics
+
     def _add_train_metrics(self, logs: dict[str, float]) -> None:
         if self.owns_loss:
             window = self.take_window_loss()
@@ -154,10 +175,11 @@ class AxolotlTrainer(
             stored["values"].append(value.item() if torch.is_tensor(value) else value)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer._run_epoch`, unless all steps are done: a finished run that is resumed would take one more."""
+        """`Trainer._run_epoch`, unless the run is over: one that had ended and is resumed would take one more step."""
         if 0 < self.state.max_steps <= self.state.global_step:
             LOG.info(f"All {self.state.max_steps} steps are done: nothing is left to train.")
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return
         super()._run_epoch(*args, **kwargs)
 

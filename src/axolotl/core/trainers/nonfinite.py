@@ -46,6 +46,7 @@ class NonFiniteGuard:
         self.num_in_a_row = 0
         self.skipping = False  # the step under way is left out
         self.reason_to_stop = ""
+        self.last_message = ""  # about the last step that was left out; checkpoints hold it too
         self._loss_before: torch.Tensor | None = None
 
     def begin_step(self) -> None:
@@ -82,14 +83,29 @@ class NonFiniteGuard:
             )
         self.num_in_a_row += 1
         self.num_skipped += 1
+        self.last_message = message
         self._skip()
         LOG.warning(f"{message} The step is left out ({self.num_in_a_row} in a row, {self.num_skipped} in the run).")
         if policy == "stop" and self.num_in_a_row >= self.trainer.args.non_finite_patience:
             self.reason_to_stop = (
-                f"{message} It is the last of {self.num_in_a_row} such steps in a row (`loss_watchdog_patience`). The weights were "
-                f"not updated with them and are saved in {self.trainer.args.output_dir}/checkpoint-"
-                f"{self.trainer.state.global_step + 1}. {ADVICE} `non_finite_policy: skip` goes on however many there are."
+                f"{message} It is the last of {self.num_in_a_row} such steps in a row (`loss_watchdog_patience`). "
+                f"{self._where_saved(self.trainer.state.global_step + 1)} {ADVICE} `non_finite_policy: skip` goes on however many "
+                "there are."
             )
+
+    def check_end(self) -> None:
+        """Where a run ends by itself: with the policy `stop` it does not end well while its steps are not finite."""
+        if self.num_in_a_row and not self.reason_to_stop and self.trainer.args.non_finite_policy == "stop":
+            steps = "such a step" if self.num_in_a_row == 1 else f"{self.num_in_a_row} such steps in a row"
+            self.reason_to_stop = (
+                f"{self.last_message} The run ends with {steps}. {self._where_saved(self.trainer.state.global_step)} {ADVICE} "
+                "`non_finite_policy: skip` takes the weights as they are."
+            )
+
+    def _where_saved(self, step: int) -> str:
+        return (
+            f"The weights were not updated with them and are saved in {self.trainer.args.output_dir}/checkpoint-{step}."
+        )
 
     def end_update(self) -> None:
         """After the place where the optimizer would have stepped."""

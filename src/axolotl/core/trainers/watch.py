@@ -71,10 +71,18 @@ class StepWatch(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        guard = self.trainer.nonfinite
         if self.trainer.stop_agreed:
             control.should_evaluate = False
+        elif control.should_training_stop and not guard.reason_to_stop:
+            # Whatever ended the run: the last step, early stopping, a callback.
+            guard.check_end()
+            control.should_save |= bool(guard.reason_to_stop)
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.nonfinite.reason_to_stop:
-            raise TrainingStopped(self.trainer.nonfinite.reason_to_stop)
+        guard = self.trainer.nonfinite
+        if not self.trainer.stop_agreed:
+            guard.check_end()  # of a run that had ended so before, and was resumed
+        if guard.reason_to_stop:
+            raise TrainingStopped(guard.reason_to_stop)

@@ -30,7 +30,7 @@ def resolve_device(cfg: DictDefault) -> None:
     One process on a machine with several GPUs spreads the model over them (`auto`), as `device_map` leaves it; every
     other rank keeps the model whole on its own device.
     """
-    kind = find_device_type()
+    kind = _device_type(cfg)
     cfg.device = kind if kind in ("cpu", "mps") else f"{kind}:{cfg.local_rank or 0}"
     if any(os.environ.get(name, "").lower() in ("1", "true") for name in ACCELERATE_PLACES):
         cfg.device_map = None
@@ -48,7 +48,7 @@ def resolve_dtype(cfg: DictDefault) -> None:
     `bf16: auto` is bf16 where the device computes in it, else fp16 on a GPU and float32 on a CPU, which has no fp16
     units. A format that the device cannot use at all is replaced, and said so.
     """
-    kind = (cfg.device or find_device_type()).split(":")[0]
+    kind = (cfg.device or _device_type(cfg)).split(":")[0]
     if cfg.bf16 == "auto":
         _resolve_auto(cfg, kind)
     if kind == "mps":
@@ -90,6 +90,16 @@ def resolve_tf32(cfg: DictDefault) -> None:
         use_tf32()
 
 
+def _device_type(cfg: DictDefault) -> str:
+    """The kind of device that the config is resolved for: a plan may be made for a GPU that this machine lacks."""
+    return "cuda" if (cfg.capabilities or DictDefault()).compute_capability else find_device_type()
+
+
+def _computes_in_bf16(cfg: DictDefault, kind: str) -> bool:
+    known = (cfg.capabilities or DictDefault()).bf16
+    return gpu_computes_in_bf16(kind) if known is None else bool(known)
+
+
 def _resolve_auto(cfg: DictDefault, kind: str) -> None:
     if cfg.fp16 or cfg.float16:
         cfg.bf16 = False
@@ -102,7 +112,7 @@ def _resolve_auto(cfg: DictDefault, kind: str) -> None:
             else "this CPU has no bf16 units; float32 is faster"
         )
         note_choice(cfg, "bf16", cfg.bf16, reason)
-    elif gpu_computes_in_bf16(kind):
+    elif _computes_in_bf16(cfg, kind):
         cfg.bf16 = True
         note_choice(cfg, "bf16", True, "the device computes in bf16")
     else:

@@ -9,7 +9,7 @@ a `MergeReport` that says how far it differs from base plus adapter.
 | `adapter` | what the adapter does to each parameter; the arithmetic is that of PEFT's own layers, in float32 |
 | `names` | stored tensor names <-> parameter names of the model class |
 | `tensors` | reading and writing weight files one tensor at a time |
-| `four_bit` | bitsandbytes NF4/FP4: round trip and stored weights |
+| `four_bit` | bitsandbytes NF4, FP4 and int8: round trip and stored weights |
 | `replication` | layers that the merged model has more than once |
 | `base` | single weights of a folder, for ReLoRA |
 | `proof` | logits of base plus adapter against logits of the merged model |
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from axolotl._lazy import lazy_names
 
-__all__ = ["FourBit", "MergeReport", "merge_adapter"]
+__all__ = ["EightBit", "FourBit", "MergeReport", "merge_adapter"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -27,5 +27,6 @@ __getattr__, __dir__ = lazy_names(
         "merge_adapter": "axolotl.utils.merge.merge",
         "MergeReport": "axolotl.utils.merge.merge",
         "FourBit": "axolotl.utils.merge.four_bit",
+        "EightBit": "axolotl.utils.merge.four_bit",
     },
 )

@@ -1,7 +1,7 @@
-"""bitsandbytes 4-bit weights: what a QLoRA run really multiplied with.
+"""bitsandbytes weights in 4 and 8 bits: what a run on a quantized base really multiplied with.
 
 A QLoRA adapter is trained on top of weights that went through NF4. Merging it into the unquantized weights gives a model
-that nobody trained; merging it into the NF4 round trip of them reproduces the trained one.
+that nobody trained; merging it into the NF4 round trip of them reproduces the trained one. With 8 bits it is the same, by less.
 """
 
 from __future__ import annotations
@@ -54,7 +54,29 @@ class FourBit:
         return functional.dequantize_4bit(packed, state).reshape(weight.shape)
 
 
-def quantized_params(model: PreTrainedModel, four_bit: FourBit) -> set[str]:
+@dataclass(frozen=True)
+class EightBit:
+    """A base model in 8 bits while the adapter was trained: a scale for each row of a weight (LLM.int8, arXiv 2208.07339).
+
+    bitsandbytes rounds the inputs of such a layer too, by the largest value of each token. No weight can stand for that.
+
+    Args:
+        skip_modules: modules left unquantized, besides those that transformers leaves out by itself.
+    """
+
+    skip_modules: tuple[str, ...] = ()
+
+    def to_transformers(self) -> BitsAndBytesConfig:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(self.skip_modules) or None)
+
+    def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` (out, in) through 8 bits and back, in float32. bitsandbytes starts from float16, whatever the model's dtype."""
+        functional = _functional()
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return functional.int8_vectorwise_dequant(codes, scales)
+
+
+def quantized_params(model: PreTrainedModel, trained_on: FourBit | EightBit) -> set[str]:
     """Names of the weights that transformers quantizes when it loads this model class with this setting.
 
     Args:
@@ -63,9 +85,10 @@ def quantized_params(model: PreTrainedModel, four_bit: FourBit) -> set[str]:
     _functional()
     import bitsandbytes as bnb
 
-    quantizer = AutoHfQuantizer.from_config(four_bit.to_transformers())
+    quantizer = AutoHfQuantizer.from_config(trained_on.to_transformers())
     quantizer.preprocess_model(model=model, device_map=None)
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
 
 
 def is_side_tensor(name: str, names: set[str]) -> bool:
@@ -104,5 +127,7 @@ def _functional():
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise MissingExtraError("bitsandbytes", "bitsandbytes", "merging an adapter trained on a 4-bit base") from error
+        raise MissingExtraError(
+            "bitsandbytes", "bitsandbytes", "merging an adapter trained on a quantized base (without `--dequant`)"
+        ) from error
     return bitsandbytes.functional

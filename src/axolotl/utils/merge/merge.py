@@ -19,6 +19,7 @@ from axolotl.loaders.adapter_base import check_fits_base
 from axolotl.utils.logging import get_logger
 from axolotl.utils.merge.adapter import PEFT_PREFIX, Adapter, Change, Fidelity, load_lora_config
 from axolotl.utils.merge.four_bit import (
+    EightBit,
     FourBit,
     check_base_is_mergeable,
     is_side_tensor,
@@ -55,7 +56,7 @@ class MergeReport:
 
     Args:
         num_changed: parameters that the adapter changed.
-        num_rounded: frozen weights written as their 4-bit round trip.
+        num_rounded: frozen weights written as the round trip of their quantization.
         fidelity: parameter name -> how near its merged layer is to the unmerged one.
         logits: the comparison of whole models, or None with the reason in `logits_skipped`.
     """
@@ -88,7 +89,7 @@ class MergeReport:
             f"written to {self.output_dir}"
         ]
         if self.num_rounded:
-            text.append(f"{self.num_rounded} weights written as the 4-bit base that the adapter was trained on")
+            text.append(f"{self.num_rounded} weights written as the quantized base that the adapter was trained on")
         if self.untied:
             text.append("input and output embeddings now differ: written as two tensors, tie_word_embeddings: false")
         if self.fidelity:
@@ -108,7 +109,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     dequantize: bool = False,
-    four_bit: FourBit | None = None,
+    trained_on: FourBit | EightBit | None = None,
     revision: str | None = None,
     config: PretrainedConfig | None = None,
     trust_remote_code: bool = False,
@@ -125,8 +126,8 @@ def merge_adapter(
         output_dir: where the merged model goes; a folder of that name is replaced once the new one is whole and proven.
         dtype: dtype of the written floating tensors; None keeps the stored one.
         max_shard_size: size of the written files, such as `5GB`.
-        dequantize: merge into the unquantized base although the adapter was trained on a 4-bit one.
-        four_bit: how the base was quantized in training. The written base weights are its 4-bit round trip unless
+        dequantize: merge into the unquantized base although the adapter was trained on a quantized one.
+        trained_on: how the base was quantized in training. The written base weights are the round trip of it unless
             `dequantize` is set, because those are the weights that the adapter was trained with.
         revision: of a base model on the hub.
         config: of the trained model; else `adapter_dir/config.json`, else the base model's.
@@ -141,7 +142,7 @@ def merge_adapter(
     lora_config, loftq_bits = load_lora_config(adapter)
     if output.resolve() in (base.resolve(), adapter.resolve()):
         raise OutputError(f"`{output}` is the folder of the base model or the adapter: a merge must not overwrite it.")
-    rounding = None if dequantize else four_bit
+    rounding = None if dequantize else trained_on
     merge = _Merge(base, adapter, lora_config, config, dtype, rounding, trust_remote_code, loftq_bits, str(base_dir))
     aside = _fresh_folder(output, "partial")
     report = MergeReport(output)
@@ -174,12 +175,12 @@ class _Merge:
         lora_config: LoraConfig,
         config: PretrainedConfig | None,
         dtype: torch.dtype | None,
-        four_bit: FourBit | None,
+        trained_on: FourBit | EightBit | None,
         trust_remote_code: bool,
         loftq_bits: int | None,
         base_name: str,
     ):
-        self.base, self.adapter_dir, self.dtype, self.four_bit = base, adapter_dir, dtype, four_bit
+        self.base, self.adapter_dir, self.dtype, self.trained_on = base, adapter_dir, dtype, trained_on
         self.trust_remote_code = trust_remote_code
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         check_fits_base(adapter_dir, base_config, key="lora_model_dir", base_name=base_name)
@@ -205,7 +206,8 @@ class _Merge:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.names = NameMap(model, self._weights())
         self.adapter = Adapter(self._blank_model(), lora_config, adapter_store, loftq_bits)
-        self.rounded = quantized_params(self._blank_model(), four_bit) if four_bit and not self.stored_4bit else set()
+        rounds = trained_on is not None and not self.stored_4bit
+        self.rounded = quantized_params(self._blank_model(), trained_on) if rounds else set()
         self.fidelity: dict[str, Fidelity] = {}
         self._made: dict[str, torch.Tensor] = {}  # parameters or stored tensors made together with one already written
 
@@ -258,8 +260,8 @@ class _Merge:
             weight = read_stored(stored, set(self.store.tensors), self.store.read)
         else:
             weight = self.store.read(stored)
-        if param in self.rounded and self.four_bit:
-            weight = self.four_bit.round_trip(weight)
+        if param in self.rounded and self.trained_on:
+            weight = self.trained_on.round_trip(weight)
         if param in (self.in_name, self.out_name):
             weight = _grown(weight, self.shapes[param][0])
         return weight
@@ -382,7 +384,8 @@ class _Merge:
             num_base_rows=min(num_base_rows, self.shapes[self.in_name][0]),
             dtype=dtype,
             written=self._dtype_of(self.in_name),
-            four_bit=self.four_bit if not self.stored_4bit else None,
+            trained_on=self.trained_on if not self.stored_4bit else None,
+            rounded=self.rounded,
             trust_remote_code=self.trust_remote_code,
         )
         if not report.logits.holds:

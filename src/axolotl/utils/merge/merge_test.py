@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from axolotl.exceptions import ModelError, OutputError
-from axolotl.utils.merge import FourBit, merge_adapter
+from axolotl.utils.merge import EightBit, FourBit, merge_adapter
 from axolotl.utils.merge import merge as merge_module
 from axolotl.utils.merge.tensors import parse_size
 
@@ -213,11 +213,33 @@ def test_a_qlora_adapter_is_merged_into_the_weights_it_was_trained_on(tmp_path):
     expected = save_adapter(
         base, tmp_path / "adapter", quantization=four_bit.to_transformers(), target_modules=["q_proj", "down_proj"]
     )
-    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", four_bit=four_bit)
+    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", trained_on=four_bit)
     assert report.num_rounded == 2 * 5  # the linear layers without adapter were 4-bit, too
-    merge_adapter(base, tmp_path / "adapter", tmp_path / "plain", four_bit=four_bit, dequantize=True)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "plain", trained_on=four_bit, dequantize=True)
     error, error_plain = ((logits(tmp_path / name) - expected).norm() for name in ("merged", "plain"))
     assert error < 0.05 * error_plain
+
+
+def test_an_adapter_on_eight_bits_is_merged_into_the_rows_it_was_trained_on(tmp_path):
+    """bitsandbytes rounds inputs as well: the merged model is nearer to the trained one, and as near as weights can be."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", llama())
+    targets = ["q_proj", "down_proj"]
+    quantization = EightBit().to_transformers()
+    expected = save_adapter(base, tmp_path / "adapter", quantization=quantization, target_modules=targets)
+    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", trained_on=EightBit())
+    assert report.num_rounded == 2 * 5
+    assert report.logits is not None and report.logits.relative < 1e-4
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "plain", trained_on=EightBit(), dequantize=True)
+    error, error_plain = ((logits(tmp_path / name) - expected).norm() for name in ("merged", "plain"))
+    assert error < error_plain
+    # Without an adapter on them, weights are what the run multiplied with, to the last bit.
+    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    layer = loaded.model.layers[0].self_attn.k_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear8bitLt)
+    rows = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    assert torch.equal(merged.model.layers[0].self_attn.k_proj.weight, rows.to(merged.dtype))
 
 
 def test_a_base_is_rounded_to_four_bits_from_the_dtype_of_training(tmp_path):
@@ -225,7 +247,7 @@ def test_a_base_is_rounded_to_four_bits_from_the_dtype_of_training(tmp_path):
     pytest.importorskip("bitsandbytes")
     base = save_base(tmp_path / "base", llama())
     save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", four_bit=FourBit())
+    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", trained_on=FourBit())
     assert report.logits is not None and report.logits.relative < 0.02
 
 

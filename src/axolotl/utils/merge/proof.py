@@ -7,6 +7,7 @@ PEFT's unmerged forward over the base as it was loaded in training, so nothing o
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl.loaders.adapter_init import load_trained
 from axolotl.loaders.quantization import keep_4bit_layout
-from axolotl.utils.merge.four_bit import FourBit
+from axolotl.utils.merge.four_bit import EightBit, FourBit
 
 NUM_ROWS, ROW_LENGTH = 2, 32
 # Largest accepted RMS of the logit difference over the RMS of the (centred) logits. float32: rounding of sums;
@@ -78,7 +79,8 @@ def compare_logits(
     num_base_rows: int,
     dtype: torch.dtype,
     written: torch.dtype,
-    four_bit: FourBit | None,
+    trained_on: FourBit | EightBit | None,
+    rounded: Collection[str],
     trust_remote_code: bool,
 ) -> LogitProof:
     """Compare logits on seeded random token rows.
@@ -87,14 +89,18 @@ def compare_logits(
         config: of the trained model; its vocabulary is the one the adapter was trained with.
         num_base_rows: rows of the base model's embedding, below which all token ids are drawn.
         dtype: dtype of the forward passes; `written` is that of the merged weights.
-        four_bit: how the base was quantized in training, when the merge reproduces it.
+        trained_on: how the base was quantized in training, when the merge reproduces it.
+        rounded: its quantized weights. With 8 bits the reference has them too, but not the rounded inputs that go with them.
     """
     rows = torch.randint(num_base_rows, (NUM_ROWS, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if four_bit is None:
+    if not isinstance(trained_on, FourBit):
         model = model_class.from_pretrained(base, **kwargs)
+        for name in rounded if trained_on else ():
+            weight = model.get_parameter(name)
+            weight.data.copy_(trained_on.round_trip(weight.data))
     else:
-        quantization = {"dtype": four_bit.compute_dtype, "quantization_config": four_bit.to_transformers()}
+        quantization = {"dtype": trained_on.compute_dtype, "quantization_config": trained_on.to_transformers()}
         model = model_class.from_pretrained(base, **{**kwargs, **quantization})
         for parameter in model.parameters():
             if parameter.is_floating_point():  # what is not quantized
@@ -121,7 +127,11 @@ def compare_logits(
         relative=(difference.pow(2).mean() / centred.pow(2).mean()).sqrt().item(),
         kl=_kl(reference, _log_probs(got)),
         kl_base=None if plain is None or plain.shape != reference.shape else _kl(reference, plain),
-        tolerance=max(TOLERANCES[dtype], TOLERANCES[written], TOLERANCES[torch.bfloat16] if four_bit else 0.0),
+        tolerance=max(
+            TOLERANCES[dtype],
+            TOLERANCES[written],
+            TOLERANCES[torch.bfloat16] if isinstance(trained_on, FourBit) else 0.0,
+        ),
         dtype=dtype,
     )
 

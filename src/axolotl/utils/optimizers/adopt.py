@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from axolotl.utils.optimizers.parameterwise import ParameterwiseOptimizer
 
 
 def default_clip(step: float) -> float:
@@ -18,7 +19,7 @@ def default_clip(step: float) -> float:
     return step**0.25
 
 
-class ADOPT(Optimizer):
+class ADOPT(ParameterwiseOptimizer):
     """The optimizer.
 
     Args:
@@ -63,37 +64,28 @@ class ADOPT(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-            adopt(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [self.state[param]["step"] for param in params],
-                clip_lambda=self.clip_lambda,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                decouple=group["decouple"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-            )
-        return loss
+    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """One step of `adopt`."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        adopt(
+            [param],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [state["step"]],
+            clip_lambda=self.clip_lambda,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            decouple=group["decouple"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
 
 
 def adopt(

@@ -11,6 +11,7 @@ from torch import nn
 
 from axolotl.utils.optimizers.adamc import AdamC
 from axolotl.utils.optimizers.adopt import ADOPT
+from axolotl.utils.optimizers.anyprecision import AnyPrecisionAdamW
 from axolotl.utils.optimizers.dion import Dion, _first_basis
 from axolotl.utils.optimizers.galore import PROJECTION_DEFAULTS, GaLore, quantize
 from axolotl.utils.optimizers.matrix import MatrixOptimizer
@@ -46,6 +47,29 @@ def adam_direction(gradients, beta1=0.9, beta2=0.999, eps=1e-8):
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient**2
         yield (first / (1 - beta1**step)) / (np.sqrt(second / (1 - beta2**step)) + eps)
+
+
+@pytest.mark.parametrize("kahan", [False, True])
+def test_anyprecision_is_adamw(kahan):
+    start, gradients = make_problem((3, 2))
+    found = run(
+        AnyPrecisionAdamW([param := parameter(start)], weight_decay=DECAY, use_kahan_summation=kahan), param, gradients
+    )
+    expected = start
+    for rate, direction in zip(RATES, adam_direction(gradients), strict=True):
+        expected = expected - rate * direction - rate * DECAY * expected
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kahan_summation_keeps_what_bfloat16_loses():
+    lost = {}
+    for kahan in (False, True):
+        param = parameter([256.0], torch.bfloat16)
+        optimizer = AnyPrecisionAdamW([param], use_kahan_summation=kahan, momentum_dtype=torch.bfloat16)
+        run(optimizer, param, [[1.0]] * 500, rates=[0.01] * 500)
+        lost[kahan] = param.item()
+    assert lost[False] == 256.0  # each step of 0.01 is below half a unit in the last place
+    assert lost[True] == pytest.approx(251.0, abs=1.0)
 
 
 @pytest.mark.parametrize("normalized", [True, False])

@@ -7,17 +7,17 @@ update leaves out stays in the momentum (error feedback).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from axolotl.utils.optimizers.matrix import check_matrices, shard_like, whole
+from axolotl.utils.optimizers.parameterwise import ParameterwiseOptimizer
 
 
-class Dion(Optimizer):
+class Dion(ParameterwiseOptimizer):
     """The optimizer, for matrices only.
 
     Each step, with B = M + G (m x n) and Q (n x r) from the step before::
@@ -66,26 +66,14 @@ class Dion(Optimizer):
         super().__init__(params, defaults)
         check_matrices(self.param_groups)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
-
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """One step of the algorithm."""
         rows, columns = param.shape
         state = self.state[param]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(param)
             state["Q"] = _first_basis(param, group)
-        momentum_MN = state["momentum"].add_(param.grad)
+        momentum_MN = state["momentum"].add_(grad)
         B_MN = whole(momentum_MN).float()
         P_MR, _ = torch.linalg.qr(B_MN @ state["Q"])
         R_NR = B_MN.T @ P_MR

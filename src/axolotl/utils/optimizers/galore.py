@@ -197,8 +197,8 @@ def quantize(values: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     return codes, scales, zeros
 
 
-class GaLoreFactory(BaseOptimizerFactory):
-    """Creates `GaLore` over the layers of `optim_target_modules`."""
+class ProjectionFactory(BaseOptimizerFactory):
+    """Creates an optimizer that projects the gradients of the layers of `optim_target_modules`: `GaLore`, or a library's own."""
 
     def __call__(
         self,
@@ -212,6 +212,8 @@ class GaLoreFactory(BaseOptimizerFactory):
         inner_kwargs: dict[str, Any],
         projection: dict[str, Any],
         layerwise: bool = False,
+        projects_itself: bool = False,
+        state_types: tuple[type, ...] = (),
         **_: Any,
     ) -> Optimizer:
         """Create the optimizer.
@@ -222,38 +224,18 @@ class GaLoreFactory(BaseOptimizerFactory):
             name: of the optimizer, for errors.
             lr, weight_decay: for the groups.
             inner_cls, inner_kwargs: as `GaLore`.
-            projection: values for `PROJECTION_DEFAULTS`.
+            projection: options of the projection, for the groups of the layers.
             layerwise: update in the backward pass.
+            projects_itself: `inner_cls` reads these options from its groups (APOLLO); otherwise they are `GaLore`'s.
+            state_types: classes of objects in its state.
         """
-        groups = target_groups(opt_model, training_args, name, lr, weight_decay, {**PROJECTION_DEFAULTS, **projection})
-        optimizer = GaLore(groups, inner_cls, inner_kwargs, lr=lr)
-        if layerwise:
-            step_in_backward(optimizer)
-        return optimizer
-
-
-class TargetFactory(BaseOptimizerFactory):
-    """Creates an optimizer of a library that takes options in the groups of `optim_target_modules` (APOLLO)."""
-
-    def __call__(
-        self,
-        opt_model: nn.Module,
-        training_args: Any,
-        *,
-        name: str,
-        lr: float,
-        weight_decay: float,
-        inner_cls: type[Optimizer],
-        inner_kwargs: dict[str, Any],
-        projection: dict[str, Any],
-        layerwise: bool = False,
-        state_types: tuple[type, ...] = (),
-        **_: Any,
-    ) -> Optimizer:
-        """Create the optimizer. Arguments as `GaLoreFactory`; `state_types` are classes of objects in its state."""
-        groups = target_groups(opt_model, training_args, name, lr, weight_decay, projection)
-        optimizer = inner_cls(groups, lr=lr, **inner_kwargs)
-        keep_loaded_dtypes(optimizer, state_types)
+        options = projection if projects_itself else {**PROJECTION_DEFAULTS, **projection}
+        groups = target_groups(opt_model, training_args, name, lr, weight_decay, options)
+        if projects_itself:
+            optimizer = inner_cls(groups, lr=lr, **inner_kwargs)
+            keep_loaded_dtypes(optimizer, state_types)
+        else:
+            optimizer = GaLore(groups, inner_cls, inner_kwargs, lr=lr)
         if layerwise:
             step_in_backward(optimizer)
         return optimizer

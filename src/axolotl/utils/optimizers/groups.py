@@ -43,16 +43,18 @@ def build_param_groups(
         lr_groups: `{name, modules, lr}` each.
 
     Returns:
-        Groups without those that are empty. Each has `name`, `params`, `lr`, `weight_decay`.
+        Groups without those that are empty. Each has `name`, `params`, `lr`, `weight_decay`. Those at `learning_rate` come
+        first: the rate of the first group is the one that is logged.
     """
     own_embedding_lr = embedding_lr is not None or embedding_lr_scale is not None
     scale = 1.0 if embedding_lr_scale is None else embedding_lr_scale
     embedding_rate = embedding_lr if embedding_lr is not None else learning_rate * scale
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    lr_groups = lr_groups or ()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
 
-    def add(name: str, decays: bool, rate: float, parameter: nn.Parameter) -> None:
+    def add(place: int, name: str, decays: bool, rate: float, parameter: nn.Parameter) -> None:
         group = groups.setdefault(
-            (name, decays),
+            (place, decays),
             {"name": name, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
@@ -60,14 +62,15 @@ def build_param_groups(
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        claimed = next((g for g in lr_groups or () if any(module in name for module in g["modules"])), None)
-        if claimed is not None:
-            add(claimed["name"], name in decay_names, float(claimed["lr"]), parameter)
+        place = next((n for n, g in enumerate(lr_groups) if any(module in name for module in g["modules"])), None)
+        if place is not None:
+            claimed = lr_groups[place]
+            add(2 + place, claimed["name"], name in decay_names, float(claimed["lr"]), parameter)
         elif own_embedding_lr and any(part in name for part in EMBEDDING_NAMES):
-            add("embeddings", False, embedding_rate, parameter)
+            add(1, "embeddings", False, embedding_rate, parameter)
         else:
-            add("parameters", name in decay_names, learning_rate, parameter)
-    return list(groups.values())
+            add(0, "parameters", name in decay_names, learning_rate, parameter)
+    return [group for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
 
 
 def param_groups_of(model: nn.Module, args: Any, learning_rate: float, weight_decay: float) -> Groups:

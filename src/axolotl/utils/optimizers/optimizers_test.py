@@ -184,21 +184,12 @@ def test_a_missing_package_names_its_extra(name, monkeypatch):
         read(name, optim_target_modules="all_linear")
 
 
-def test_anyprecision_is_found_on_its_path(tmp_path, monkeypatch):
-    (tmp_path / "torchdistx").mkdir()
-    (tmp_path / "torchdistx" / "__init__.py").touch()
-    (tmp_path / "torchdistx" / "optimizers.py").write_text(
-        "import torch\nclass AnyPrecisionAdamW(torch.optim.AdamW):\n"
-        "    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,\n"
-        "                 use_kahan_summation=False, momentum_dtype=torch.bfloat16):\n"
-        "        super().__init__(params, lr, betas, eps, weight_decay)\n"
-    )
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    cls, kwargs = read("adamw_anyprecision", torchdistx_path=str(tmp_path), optim_args="momentum_dtype=float32")
+def test_anyprecision_takes_dtypes_and_needs_no_path():
+    cls, kwargs = read("adamw_anyprecision", torchdistx_path="/nowhere", optim_args="momentum_dtype=bfloat16")
     assert cls.__name__ == "AnyPrecisionAdamW"
-    assert kwargs["momentum_dtype"] is torch.float32
+    assert kwargs["momentum_dtype"] is torch.bfloat16
     with pytest.raises(ConfigError, match="a dtype of torch"):
-        read("adamw_anyprecision", torchdistx_path=str(tmp_path), optim_args="momentum_dtype=float33")
+        read("adamw_anyprecision", optim_args="momentum_dtype=float33")
 
 
 def test_loaded_states_keep_their_dtypes():

@@ -7,17 +7,16 @@ Algorithm 3 (SR-Sinkhorn) and section 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from axolotl.utils.optimizers.matrix import check_matrices, shard_like, whole
+from axolotl.utils.optimizers.parameterwise import ParameterwiseOptimizer
 
 
-class SinkGD(Optimizer):
+class SinkGD(ParameterwiseOptimizer):
     """The optimizer, for matrices only. It has no state. A sharded matrix is gathered for its update.
 
     Args:
@@ -50,22 +49,11 @@ class SinkGD(Optimizer):
         super().__init__(params, defaults)
         check_matrices(self.param_groups)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                update = sinkhorn_normalise(whole(param.grad).float(), group["sinkhorn_iters"], group["eps"])
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                update = shard_like(update.to(param.dtype), param)
-                param.add_(update, alpha=-group["lr"] * group["sinkgd_lr_scale"])
-        return loss
+    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """One step along the normalised gradient."""
+        update = sinkhorn_normalise(whole(grad).float(), group["sinkhorn_iters"], group["eps"])
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(shard_like(update.to(param.dtype), param), alpha=-group["lr"] * group["sinkgd_lr_scale"])
 
 
 def sinkhorn_normalise(gradient_MN: Tensor, iterations: int, eps: float = 1e-12) -> Tensor:

@@ -11,7 +11,6 @@ import difflib
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +32,8 @@ PLAIN = ("lr", "weight_decay")
 FACTORIES = {
     "matrix": "axolotl.utils.optimizers.matrix:MatrixFactory",
     "adamc": "axolotl.utils.optimizers.adamc:AdamCFactory",
-    "galore": "axolotl.utils.optimizers.galore:GaLoreFactory",
-    "target": "axolotl.utils.optimizers.galore:TargetFactory",
+    "galore": "axolotl.utils.optimizers.galore:ProjectionFactory",
+    "apollo": "axolotl.utils.optimizers.galore:ProjectionFactory",
     "lomo": "axolotl.utils.optimizers.libraries:LomoFactory",
 }
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -102,7 +101,7 @@ def _galore(path: str, *, layerwise: bool, extra: str = "", **more: Any) -> Row:
 
 
 def _apollo(*, layerwise: bool) -> Row:
-    return Row("apollo_torch:APOLLOAdamW", "apollo", via="target", projection=APOLLO, layerwise=layerwise)
+    return Row("apollo_torch:APOLLOAdamW", "apollo", via="apollo", projection=APOLLO, layerwise=layerwise)
 
 
 def _flash(cls: str, settings: tuple[str, ...]) -> Row:
@@ -170,11 +169,7 @@ OPTIMIZERS: dict[str, Row] = {
     "muon": Row("torch.optim:Muon", fixed={"adjust_lr_fn": "match_rms_adamw"}, via="matrix"),
     "dion": Row("axolotl.utils.optimizers.dion:Dion", via="matrix"),
     "sinkgd": Row("axolotl.utils.optimizers.sinkgd:SinkGD", via="matrix"),
-    "adamw_anyprecision": Row(
-        "torchdistx.optimizers:AnyPrecisionAdamW",
-        install="It is built from https://github.com/pytorch/torchdistx; name its folder with `torchdistx_path`. "
-        "`optimizer: optimi_adamw` with `bf16: full` does the same.",
-    ),
+    "adamw_anyprecision": Row("axolotl.utils.optimizers.anyprecision:AnyPrecisionAdamW"),
     "adamw_torch_xla": Row(
         "torch_xla.amp.syncfree:AdamW", install="It is for TPUs. On other devices write `optimizer: adamw_torch_fused`."
     ),
@@ -246,14 +241,14 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
             "matrix_kwargs": matrix,
             "adamw_kwargs": own,
         }
-    elif row.via in ("galore", "target"):
+    elif row.via in ("galore", "apollo"):
         if name == "q_galore_adamw8bit":
             projection = _read_q_galore(cfg)
         inner = {**own, **row.fixed, **given}
         kwargs = {"name": name, "inner_cls": cls, "inner_kwargs": inner, "projection": projection}
         kwargs["layerwise"] = row.layerwise
-        if row.via == "target":
-            kwargs["state_types"] = _apollo_states()
+        if row.via == "apollo":
+            kwargs |= {"projects_itself": True, "state_types": _apollo_states()}
     else:
         kwargs = {**own, **row.fixed, **_without_cuda(cfg, name), **given}
         if row.via == "lomo":
@@ -292,8 +287,8 @@ def _literal(value: Any) -> Any:
 
 
 def _load_class(name: str, row: Row, cfg: DictDefault) -> type:
-    if cfg.torchdistx_path and row.path.startswith("torchdistx") and str(cfg.torchdistx_path) not in sys.path:
-        sys.path.append(str(cfg.torchdistx_path))
+    if cfg.torchdistx_path and name == "adamw_anyprecision":
+        note_choice(cfg, "torchdistx_path", None, "the optimizer is part of this package; torchdistx is not needed")
     package = row.path.partition(":")[0].partition(".")[0]
     try:
         importlib.import_module(package)

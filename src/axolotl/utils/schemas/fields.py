@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 class Words(BaseModel):
     """A group of keys. Enum values are kept as plain text, so that a config stays plain data."""
 
-    model_config = ConfigDict(use_enum_values=True, populate_by_name=True, protected_namespaces=())
+    # Built when first used: most groups are only parts of the whole.
+    model_config = ConfigDict(use_enum_values=True, populate_by_name=True, protected_namespaces=(), defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

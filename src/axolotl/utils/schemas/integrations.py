@@ -23,7 +23,9 @@ class WandbConfig(Words):
     )
     wandb_project: Text | None = key("Project of the run.")
     wandb_entity: Text | None = key("Team or user of the run.")
-    wandb_watch: str | bool | None = key("What to record of the model: `gradients`, `all` or `false`.")
+    wandb_watch: str | bool | None = key(
+        "Histograms of the model to record: `gradients` (also `true`), `parameters`, `all` or `false`."
+    )
     wandb_log_model: str | bool | None = key("When to upload the model: `checkpoint`, `end` or `false`.")
 
     @model_validator(mode="before")

@@ -24,7 +24,11 @@ class FP8Config(Words):
     """How float8 training scales."""
 
     recipe: Annotated[Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"], IGNORE_CASE] = key(
-        "What shares one scale.", "tensorwise"
+        "What shares one scale: a tensor, or a row; `rowwise_with_gw_hp` makes the gradients of weights in bf16.",
+        "tensorwise",
+    )
+    filter_fqns: list[str] | None = key(
+        "Parts of the names of linear layers that stay in bf16, such as `down_proj` or `layers.0.`."
     )
 
 
@@ -35,7 +39,9 @@ class PrecisionConfig(Words):
         "Train in bfloat16: true, false, `auto` (if the machine can) or `full` (evaluate in it too).", "auto"
     )
     fp16: Annotated[bool | None, IGNORE_CASE] = key("Train in float16.")
-    fp8: bool | None = key("Multiply matrices in float8 (torchao).")
+    fp8: bool | None = key(
+        "Multiply matrices in float8: of all weights while they train, or of the frozen base of `adapter: lora`."
+    )
     fp8_enable_fsdp_float8_all_gather: bool | None = key("Send weights between GPUs in float8.")
     fp8_config: FP8Config | None = key("How float8 training scales.")
     bfloat16: bool | None = key("Keep weights in bfloat16, without mixed precision.")
@@ -49,7 +55,8 @@ class PrecisionConfig(Words):
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = key("Arguments for gradient checkpointing.")
     activation_offloading: Annotated[Literal["legacy", "disk", "hidden_states"] | bool | None, IGNORE_CASE] = key(
-        "Move what checkpointing keeps to host memory (true, `hidden_states`, `legacy`) or `disk`.", False
+        "Move what checkpointing keeps to host memory (true, `hidden_states`, `legacy`) or `disk`. Not written: true on one GPU where "
+        "the copies hide behind wide compiled layers."
     )
     selective_checkpointing: SelectiveCheckpointingConfig | bool | None = key(
         "Keep some results for the backward pass and recompute the others."

@@ -62,7 +62,8 @@ class LoraConfig(Words):
     peft_use_rslora: bool | None = key("Use rsLoRA: scale by `lora_alpha / sqrt(lora_r)`.")
     peft_layer_replication: list[tuple[Int, Int]] | None = key("Ranges of layers to stack, as `[start, end]` pairs.")
     peft_init_lora_weights: bool | str | None = key(
-        "How LoRA starts: true (B is zero), false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_4`, `olora`, `loftq` or `mica`."
+        "How LoRA starts: true (B is zero), false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_4`, `olora`, `loftq`, `mica`; or from rows: `eva`, "
+        "`corda`, `lora_ga`."
     )
     peft_trainable_token_indices: list[Int] | dict[str, list[Int]] | None = key(
         "Token ids whose embeddings are trained; or, per embedding layer, its token ids."

@@ -38,7 +38,7 @@ class HyperparametersConfig(Words):
     optim_target_modules: list[str] | Literal["all_linear"] | str | None = key(
         "Linear layers that GaLore, Q-GaLore and APOLLO work on: parts of names, regular expressions, or `all_linear`."
     )
-    torchdistx_path: str | None = key("Path to torchdistx, for `optimizer: adamw_anyprecision`.")
+    torchdistx_path: str | None = key("Path to torchdistx. `optimizer: adamw_anyprecision` works without it.")
     lr_scheduler: Annotated[str | None, IGNORE_CASE] = key("Learning rate schedule.", "cosine")
     lr_scheduler_kwargs: dict[str, Any] | None = key("Arguments for the schedule; `docs/optimizers.md` lists them.")
     lr_quadratic_warmup: bool | None = key("Let the learning rate grow with the square of the step during warmup.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import threading
@@ -39,12 +40,13 @@ from axolotl.core.host_copy import (
     captured_files,
     count_bytes,
     find_tensors,
-    free_host_memory,
 )
 from axolotl.exceptions import CheckpointError, OutputError
 from axolotl.loaders.adapter_base import check_fits_base
 from axolotl.utils.distributed import zero_first
+from axolotl.utils.environment import free_host_memory
 from axolotl.utils.logging import get_logger
+from axolotl.utils.redact import redact_secrets
 
 LOG = get_logger(__name__)
 
@@ -114,6 +116,14 @@ class CheckpointSaveMixin(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint_path(run_dir, self.state.global_step)))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """`Trainer._save`, whose `training_args.bin` is a pickle of the arguments: without their secrets."""
+        args, self.args = self.args, without_secrets(self.args)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         if isinstance(config, PreTrainedConfig):
@@ -161,7 +171,9 @@ class CheckpointSaveMixin(Trainer):
 
     def reserve_host_memory(self) -> None:
         """Take the memory for the copies beforehand, on a thread: pinning it takes longer than copying to it."""
-        if self.args.device.type != "cuda" or not self.args.should_save or self.why_saves_wait() is not None:
+        if self.args.save_strategy == "no" or self.args.device.type != "cuda" or not self.args.should_save:
+            return
+        if self.why_saves_wait() is not None:
             return
         sizes = self._bytes_to_save()
 
@@ -323,6 +335,15 @@ class CheckpointSaveMixin(Trainer):
         kept = cast("dict[str, Any]", self.state.stateful_callbacks)
         for name, found in states.items():
             kept[name] = found[0] if len(found) == 1 else found
+
+
+def without_secrets(args: Any) -> Any:
+    """A copy of training arguments in which tokens, logins and keys are hidden."""
+    copied = copy.copy(args)
+    for name, value in vars(args).items():
+        if isinstance(value, str | dict | list) and (redacted := redact_secrets(value, name)) != value:
+            vars(copied)[name] = redacted
+    return copied
 
 
 def _reads_checkpoints(callback: TrainerCallback) -> bool:

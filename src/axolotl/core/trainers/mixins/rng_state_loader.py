@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from axolotl.core.checkpoint import read_run_state
 from axolotl.exceptions import CheckpointError
 from axolotl.utils.logging import get_logger
+from axolotl.utils.schedulers import follow_own_curve
 
 LOG = get_logger(__name__)
 
@@ -42,6 +43,11 @@ class RngLoaderMixin(Trainer):
             ) from error
         if checkpoint is not None:
             self._check_optimizer(checkpoint)
+            if self.state.global_step < self.state.max_steps and follow_own_curve(self.lr_scheduler):
+                LOG.info(
+                    f"The schedule is another one than that of {checkpoint}: step {self.state.global_step + 1} begins with "
+                    f"a learning rate of {self._get_learning_rate():.3g}."
+                )
             self.load_run_state(read_run_state(checkpoint))
             if self.train_stream is not None:
                 self.train_stream.load(checkpoint)
@@ -88,6 +94,7 @@ class RngLoaderMixin(Trainer):
             "window_steps": self.window_steps,
             "steps_skipped": self.nonfinite.num_skipped,
             "steps_skipped_in_a_row": self.nonfinite.num_in_a_row,
+            "last_step_skipped": self.nonfinite.last_message,
             "world_size": self.args.world_size,
         }
 
@@ -99,3 +106,4 @@ class RngLoaderMixin(Trainer):
         self.window_steps = int(state.get("window_steps", 0))
         self.nonfinite.num_skipped = int(state.get("steps_skipped", 0))
         self.nonfinite.num_in_a_row = int(state.get("steps_skipped_in_a_row", 0))
+        self.nonfinite.last_message = str(state.get("last_step_skipped", ""))

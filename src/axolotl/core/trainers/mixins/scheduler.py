@@ -9,7 +9,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.logging import get_logger
 from axolotl.utils.schedulers import Schedule, build_scheduler
+
+LOG = get_logger(__name__)
 
 
 class SchedulerMixin(Trainer):
@@ -29,6 +32,11 @@ class SchedulerMixin(Trainer):
         scheduler = PluginManager.get_instance().create_lr_scheduler(self, optimizer, num_training_steps)
         if scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
+            if warmup >= num_training_steps:
+                LOG.warning(
+                    f"The warmup of {warmup} steps is as long as the run of {num_training_steps}: the learning rate never reaches "
+                    f"{self.args.learning_rate:g}. Write a smaller `warmup_steps`."
+                )
             scheduler = build_scheduler(self._read_schedule(), optimizer, warmup, num_training_steps)
         self.lr_scheduler = scheduler
         self._created_lr_scheduler = True

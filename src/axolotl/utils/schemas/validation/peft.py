@@ -146,7 +146,7 @@ def lora_starts_in_a_known_way(cfg: DictDefault) -> None:
 
 
 def a_start_that_changes_the_base_finds_whole_weights(cfg: DictDefault) -> None:
-    """PiSSA, OLoRA and LoftQ decompose the base weights, which must be there unquantized, unsharded, and stay."""
+    """PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change base weights, which must be there unquantized, unsharded, and stay."""
     init = str(cfg.peft_init_lora_weights)
     loftq = cfg.peft.loftq_config if isinstance(cfg.peft, dict) else None
     if loftq and init not in ("None", "True", "loftq"):
@@ -154,7 +154,7 @@ def a_start_that_changes_the_base_finds_whole_weights(cfg: DictDefault) -> None:
             f"`peft: {{loftq_config: ...}}` and `peft_init_lora_weights: {init}` are two starts of LoRA. Remove one."
         )
     is_loftq = bool(loftq) or init == "loftq"
-    if not is_lora(cfg) or not (is_loftq or init == "olora" or init.startswith("pissa")):
+    if not is_lora(cfg) or not (is_loftq or init in ("olora", "corda", "lora_ga") or init.startswith("pissa")):
         return
     written = "`peft: {loftq_config: ...}`" if loftq else f"`peft_init_lora_weights: {init}`"
     problems = []
@@ -178,6 +178,29 @@ def a_start_that_changes_the_base_finds_whole_weights(cfg: DictDefault) -> None:
         problems.append(
             f"{written} changes the base model, which is the reference of `rl: {rl_method(cfg)}`. Use another start."
         )
+    if problems:
+        raise ConfigError(problems)
+
+
+def a_start_from_data_finds_rows(cfg: DictDefault) -> None:
+    """EVA, CorDA and LoRA-GA run prepared rows through the whole model before training."""
+    init = cfg.peft_init_lora_weights
+    if not is_lora(cfg) or init not in ("eva", "corda", "lora_ga"):
+        return
+    written = f"`peft_init_lora_weights: {init}`"
+    problems = []
+    rows = ("rl", "reward_model", "process_reward_model", "streaming", "pretraining_dataset")
+    other = next((key for key in rows if cfg[key]), None)
+    if other:
+        problems.append(
+            f"{written} starts from prepared rows of supervised tokens, which `{other}: {cfg[other]}` has not. Use `pissa`."
+        )
+    if init == "eva" and (fsdp_version(cfg) or "zero3" in str(cfg.deepspeed or "")):
+        problems.append(f"{written} needs the whole model on each GPU: use DDP or DeepSpeed ZeRO 1 or 2.")
+    if init == "eva" and cfg.relora:
+        problems.append(f"{written} cannot be repeated at a restart of `relora: true`. Remove one.")
+    if init == "eva" and cfg.peft_layer_replication:
+        problems.append(f"{written} gives ranks by layer, and `peft_layer_replication` copies layers. Remove one.")
     if problems:
         raise ConfigError(problems)
 
@@ -379,6 +402,7 @@ CHECKS = (
     layers_to_transform_are_not_unfrozen_too,
     lora_starts_in_a_known_way,
     a_start_that_changes_the_base_finds_whole_weights,
+    a_start_from_data_finds_rows,
     a_llama_adapter_sits_on_whole_weights,
     lisa_says_how_many_and_how_often,
     a_layer_pattern_belongs_to_a_choice_of_layers,

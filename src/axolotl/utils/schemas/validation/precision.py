@@ -80,15 +80,16 @@ def bf16_needs_a_gpu_that_has_it(cfg: DictDefault) -> None:
 
 
 def fp8_needs_a_gpu_that_has_it(cfg: DictDefault) -> None:
-    """float8 matrix products need Ada, Hopper or newer, and so far a frozen base in bf16."""
+    """float8 matrix products need Ada, Hopper or newer, weights that are not quantized otherwise, and bf16 around them."""
     if cfg.fp8 and capability(cfg, "fp8") is False:
         raise ConfigError(
             "`fp8: true`: fp8 requested, but fp8 is not supported on this GPU (it needs sm_89 or newer). Write `bf16: auto`."
         )
-    if cfg.fp8 and (cfg.adapter != "lora" or cfg.load_in_8bit or cfg.load_in_4bit):
+    if cfg.fp8 and (cfg.adapter not in (None, "lora") or cfg.load_in_8bit or cfg.load_in_4bit):
+        other = next((key for key in ("load_in_4bit", "load_in_8bit") if cfg[key]), "adapter")
         raise ConfigError(
-            "`fp8: true` is not implemented yet but for the frozen base of `adapter: lora`. Add that adapter (without `load_in_8bit` and "
-            "`load_in_4bit`), or use `bf16: auto`."
+            f"`fp8: true` trains all weights, or `adapter: lora` over a base in fp8, and cannot be combined with `{other}: "
+            f"{str(cfg[other]).lower()}`. Remove one."
         )
     if cfg.fp8 and (cfg.fp16 or cfg.bf16 is False):
         raise ConfigError("`fp8: true` multiplies into bf16. Write `bf16: auto`.")
@@ -125,6 +126,16 @@ def fp8_options_need_fp8(cfg: DictDefault) -> None:
         )
 
 
+def fp8_below_an_adapter_has_one_recipe(cfg: DictDefault) -> None:
+    """`fp8_config` is about weights that train; those below an adapter have one scale per row."""
+    options = cfg.fp8_config
+    if options is not None and cfg.adapter and (options.recipe != "rowwise" or options.filter_fqns):
+        raise ConfigError(
+            f"`fp8_config` says how all weights train in fp8. Below `adapter: {cfg.adapter}` they are frozen, and quantized once with one "
+            "scale per row. Remove `fp8_config`."
+        )
+
+
 def tf32_auto_follows_the_gpu(cfg: DictDefault) -> None:
     """`tf32: auto`, the default, is true where the GPU has TF32."""
     if cfg.tf32 in (None, "auto") and capability(cfg, "tf32") is not None:
@@ -150,6 +161,7 @@ CHECKS = (
     fp8_needs_a_gpu_that_has_it,
     fp8_pays_off_when_compiled,
     fp8_options_need_fp8,
+    fp8_below_an_adapter_has_one_recipe,
     tf32_auto_follows_the_gpu,
     fp16_full_training_packs_with_flash_attention,
 )

@@ -182,6 +182,15 @@ def early_stopping_compares_saved_models(cfg: DictDefault) -> None:
         raise ConfigError(f"{hint} `save_steps: {cfg.save_steps}` is no multiple of `eval_steps: {cfg.eval_steps}`.")
 
 
+def weights_by_entropy_are_for_the_next_token(cfg: DictDefault) -> None:
+    """EAFT weighs the loss of supervised fine-tuning."""
+    other = next((key for key in ("rl", "reward_model", "process_reward_model") if cfg[key]), None)
+    if cfg.use_eaft and other:
+        raise ConfigError(
+            f"`use_eaft: true` weighs the loss of the next token, but `{other}: {cfg[other]}` brings its own. Remove one."
+        )
+
+
 def noise_on_embeddings_is_positive(cfg: DictDefault) -> None:
     """NEFTune's alpha is above 0."""
     if cfg.neftune_noise_alpha is not None and cfg.neftune_noise_alpha <= 0.0:
@@ -266,6 +275,7 @@ CHECKS = (
     an_evaluation_needs_data,
     a_benchmark_runs_at_evaluations,
     early_stopping_compares_saved_models,
+    weights_by_entropy_are_for_the_next_token,
     noise_on_embeddings_is_positive,
     generated_metrics_need_whole_rows,
     sample_tables_are_generated_samples_now,
