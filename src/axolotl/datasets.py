@@ -19,7 +19,16 @@ from axolotl.prompt_tokenizers import PromptTokenizingStrategy, RowName, name_ro
 
 BATCH_SIZE = 1000
 
-ROW_ERRORS = (LookupError, ValueError, TypeError, AttributeError, jinja2.TemplateError, AssertionError)
+ROW_ERRORS = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    jinja2.TemplateError,
+    AssertionError,
+)
 """What a row of an unforeseen shape makes a strategy raise."""
 
 

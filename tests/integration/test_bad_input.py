@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -34,6 +37,18 @@ def bases(tmp_path_factory) -> Path:
     make_tiny_base(folder / "no_template", chat_template=None)
     tokenizer = make_tiny_tokenizer(folder / "no_end", eos=None, pad=None, chat_template=CHATML)
     make_tiny_model(folder / "no_end", vocab_size=len(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(bases, tmp_path_factory) -> Path:
+    """A folder with a LoRA adapter of `base`."""
+    import peft
+    import transformers
+
+    folder = tmp_path_factory.mktemp("trained")
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases / "base")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
     return folder
 
 
@@ -85,9 +100,10 @@ class Desk:
         code, said = self.run(*command)
         assert code == 1, said
         assert "Traceback" not in said
-        assert said.count("Error: ") == 1, said
+        said = f"\n{said}"
+        assert said.count("\nError: ") == 1, said
         assert len(said.splitlines()) < MAX_LINES, said
-        message = said.partition("Error: ")[2]
+        message = said.partition("\nError: ")[2]
         for word in words:
             assert word in message
         return message
@@ -126,6 +142,103 @@ def test_files_that_are_no_rows(desk, content, words):
     (desk.folder / "d.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     desk.refuses(*words)
     assert not (desk.folder / "out/adapter_model.safetensors").exists()
+
+
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in ALPACA * 20).encode()
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"hello"])
+def test_compressed_files_that_are_damaged(desk, suffix, compress, damage):
+    name = f"d.jsonl.{suffix}"
+    (desk.folder / name).write_bytes(damage(compress(JSON_LINES)))
+    desk.cfg["datasets"][0]["path"] = name
+    desk.refuses(name, command=("preprocess", "c.yml"))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.zst", "d.csv.zst"])
+@pytest.mark.parametrize("frames_before", [0, 1])
+def test_a_zst_file_cut_short_is_not_read_as_a_shorter_one(desk, name, frames_before):
+    zstandard = pytest.importorskip("zstandard")
+    rows = b"".join(b"add,,%d\n" % (number * 7919) for number in range(20_000))
+    content = zstandard.compress(JSON_LINES if "json" in name else b"instruction,input,output\n" + rows)
+    (desk.folder / name).write_bytes(content * frames_before + content[: len(content) // 2])
+    desk.cfg["datasets"][0]["path"] = name
+    desk.refuses(name, "cut short", command=("preprocess", "c.yml"))
+
+
+@pytest.mark.parametrize("row", ["x,add,,2", "add,,2,x,y"])
+def test_a_csv_row_with_more_cells_than_names(desk, row):
+    (desk.folder / "d.csv").write_text(f"instruction,input,output\n{row}\n")
+    desk.cfg["datasets"][0]["path"] = "d.csv"
+    desk.refuses("d.csv", "does not match length", command=("preprocess", "c.yml"))
+
+
+def test_a_comma_at_the_end_of_csv_rows_moves_nothing(desk):
+    (desk.folder / "d.csv").write_text("instruction,input,output\n" + "add,one,two,\n" * 3)
+    desk.cfg["datasets"][0]["path"] = "d.csv"
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0, said
+    assert "3 rows" in said
+
+
+def test_json_too_deep_to_read(desk):
+    (desk.folder / "d.jsonl").write_text(
+        f'{{"instruction": "a", "output": "b", "c": {"[" * 100_000}{"]" * 100_000}}}\n'
+    )
+    desk.refuses("line 1 is not valid JSON", "recursion", command=("preprocess", "c.yml"))
+
+
+@pytest.mark.parametrize("name", ["~nobody.jsonl", "50%.jsonl", "a b:c.jsonl", "[x]*.jsonl"])
+def test_odd_names_of_files(desk, name):
+    desk.write_rows(ALPACA, name)
+    desk.cfg["datasets"][0]["path"] = name
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".jsonl", "loop.jsonl"])
+def test_names_that_no_file_can_have(desk, name):
+    (desk.folder / "loop.jsonl").symlink_to("loop.jsonl")
+    desk.cfg["datasets"][0]["path"] = name
+    desk.refuses(name[:80], command=("preprocess", "c.yml"))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for x in range(10 ** 9) %}a{% endfor %}", "Range too big"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        ("{{ messages[99].content }}", "no element 99"),
+    ],
+)
+def test_templates_that_fail_while_they_write(desk, template, words):
+    desk.use_chat(CHAT)
+    desk.cfg |= {"chat_template": "jinja", "chat_template_jinja": template}
+    desk.refuses("Row 0 of `d.jsonl`: The chat template cannot render the row", words, command=("preprocess", "c.yml"))
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "x"}, {"num_attention_heads": 3}, {"dtype": "nope"}])
+def test_a_config_of_the_model_that_is_wrong(desk, change):
+    shutil.copytree(desk.bases / "base", desk.folder / "m")
+    written = json.loads((desk.folder / "m/config.json").read_text())
+    (desk.folder / "m/config.json").write_text(json.dumps(written | change))
+    desk.cfg["base_model"] = "m"
+    desk.refuses("`base_model: m`", str(next(iter(change.values()))))
+
+
+@pytest.mark.parametrize("command", ["merge-lora", "evaluate"])
+@pytest.mark.parametrize(
+    "change",
+    ["{", "{}", {"peft_type": "NOPE"}, {"r": 8}, {"target_modules": ["zz"]}],
+    ids=["cut", "empty", "type", "r", "target"],
+)
+def test_an_adapter_config_that_is_wrong(desk, trained, command, change):
+    shutil.copytree(trained, desk.folder / "out")
+    file = desk.folder / "out/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change) if isinstance(change, dict) else change)
+    desk.refuses("adapter", command=(command, "c.yml"))
 
 
 @pytest.mark.parametrize(

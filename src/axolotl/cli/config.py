@@ -114,7 +114,10 @@ def choose_config(path: Path) -> str:
         raise ConfigError(f"The folder `{path}` holds several configs. Give the path of one:\n{listing}")
     print(f"Choose a config of {path}:\n{listing}", file=sys.stderr)
     while True:
-        answer = input(f"Enter a number (1 to {len(files)}): ").strip()
+        try:
+            answer = input(f"Enter a number (1 to {len(files)}): ").strip()
+        except EOFError:
+            raise KeyboardInterrupt from None
         if answer.isdigit() and 1 <= int(answer) <= len(files):
             return str(files[int(answer) - 1])
         print(f"`{answer}` is not one of them.", file=sys.stderr)
@@ -132,7 +135,7 @@ def find_config(config: str | Path) -> Path:
         from axolotl.cli.utils.read import parse_config
 
         return _write_temporary(parse_config(sys.stdin.buffer.read(), "standard input"), "stdin")
-    path = Path(check_remote_config(config)).expanduser()
+    path = Path(os.path.expanduser(check_remote_config(config)))
     if not path.exists() and not path.is_absolute() and (folder := os.environ.get("AXOLOTL_CONFIG_DIR")):
         path = Path(folder) / path if (Path(folder) / path).exists() else path
     if path.is_dir():

@@ -31,7 +31,7 @@ from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from axolotl.exceptions import ConfigError, MissingExtraError
+from axolotl.exceptions import ConfigError, MissingExtraError, ModelError
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -319,7 +319,13 @@ def load_trained(model: Any, folder: str | Path, **keywords: Any) -> PeftModel:
     """`PeftModel.from_pretrained`, with the base weights rounded again for a LoftQ adapter."""
     path = Path(folder)
     if not (path / CONFIG).is_file() or '"loftq"' not in (path / CONFIG).read_text(encoding="utf-8"):
-        return PeftModel.from_pretrained(model, str(folder), **keywords)
+        try:
+            return PeftModel.from_pretrained(model, str(folder), **keywords)
+        except KeyError as error:
+            raise ModelError(
+                f"`{folder}/{CONFIG}` is no config of an adapter: `peft_type` is missing, or one that peft does not know "
+                f"({error}). Copy or save the adapter again."
+            ) from error
     config, bits = read_lora_config(path)
     adapted = PeftModel.from_pretrained(model, str(folder), config=config, **keywords)
     if bits is not None:

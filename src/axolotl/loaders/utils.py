@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
         key: `base_model`, `base_model_config`, `tokenizer_config` or `processor_config`.
         error: what transformers raised.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         if not (path / "config.json").exists() and key in ("base_model", "base_model_config"):
             present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             return ModelError(
@@ -68,6 +69,9 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
                 f"`{key}: {source}`: a file with weights is damaged or cut short ({_first_line(error)}). Copy or download the "
                 "model again."
             )
+        if isinstance(error, StrictDataclassError):
+            # Two lines: which check failed, and what it found.
+            return ModelError(f"`{key}: {source}` has a config.json that is wrong: {' '.join(str(error).split())}")
         return ModelError(f"`{key}: {source}` cannot be loaded: {_first_line(error)}")
     if path.is_file():
         return ModelError(f"`{key}: {source}` is a file. Write the folder that holds it.")
@@ -148,7 +152,7 @@ def load_model_config(cfg: DictDefault) -> PretrainedConfig:
         keywords["num_labels"] = cfg.num_labels
     try:
         config = config_class.from_pretrained(source, **keywords)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise explain_load_error(str(source), key, error) from error
     if cfg.overrides_of_model_config:
         config = _override(config, cfg.overrides_of_model_config.to_dict())

@@ -81,7 +81,7 @@ class DebugLog:
 
 
 def _explain(error: OSError, path: Path) -> str:
-    in_the_way = next((folder for folder in path.parents if folder.is_file()), None)
+    in_the_way = next((folder for folder in path.parents if os.path.isfile(folder)), None)
     return f"{in_the_way} is a file" if in_the_way else str(error.strerror or error)
 
 

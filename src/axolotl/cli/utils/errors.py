@@ -57,6 +57,8 @@ _OOM_REMEDY = (
 
 def report_error(error: BaseException) -> int:
     """Print `error` for the person at the terminal and return the exit code of the process."""
+    if isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # click takes every end of file for Ctrl-D at a question; this one is a file cut short
     if os.environ.get("AXOLOTL_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)
     rank = f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
@@ -85,6 +87,10 @@ def explain_error(error: BaseException) -> str:
         return f"Error: {hub_message}\n  ({_first_line(error)})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"Error: no space left on the disk{_of_path(error)}. Free some, or point `output_dir` elsewhere."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return (
+            f"Error: no file can have a name as long as `{str(error.filename)[:80]}...`. Check the paths of the config."
+        )
     if isinstance(error, PermissionError):
         return f"Error: permission denied{_of_path(error)}. Check its owner and mode, or choose another path."
     notes = "".join(f"  {note}\n" for note in getattr(error, "__notes__", ()))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 
+import click
 import huggingface_hub.errors
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_an_interrupt_that_an_import_swallowed():
             raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from error
 
     assert explain_error(raised(load)) == "Interrupted."
+
+
+def test_a_file_that_ends_early_is_no_interrupt(capsys):
+    @click.command()
+    def command():
+        raise EOFError("the file ends early")
+
+    assert report_error(raised(lambda: command.main([], standalone_mode=False))) == 1
+    assert "the file ends early" in capsys.readouterr().err
 
 
 def test_exit_codes_and_ranks(capsys, monkeypatch):

@@ -214,7 +214,7 @@ def _is_known(key: str, options: dict[str, ConfigOption]) -> bool:
 def describe_unknown(key: str) -> str:
     """The error for a flag that names no key, with the nearest that does."""
     flag = "--" + key.replace("_", "-")
-    near = difflib.get_close_matches(key, [*read_config_options(), "no_" + key.removeprefix("no_")], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, read_config_options(), n=1, cutoff=0.6)
     hint = f" Did you mean `--{near[0].replace('_', '-')}`?" if near else " `axolotl config-schema` lists the keys."
     return f"No such option or config key: `{flag}`.{hint}"
 

@@ -123,6 +123,8 @@ def parse_yaml(text: str, source: str) -> Any:
         loaded = yaml.load(text, _DuplicateKeyLoader)
         _check_expanded_size(loaded, source)
         return loaded
+    except ConfigError:
+        raise  # it is a ValueError, too
     except yaml.MarkedYAMLError as error:
         if error.problem == "but found another document":
             raise ConfigError(
@@ -147,8 +149,12 @@ def _check_expanded_size(loaded: Any, source: str) -> None:
     def size_of(value: Any) -> int:
         if not isinstance(value, dict | list):
             return 1
+        if sizes.get(id(value)) == 0:
+            raise ConfigError(
+                f"{source}: an alias (`*name`) stands inside the value that it names. Write the value out."
+            )
         if id(value) not in sizes:
-            sizes[id(value)] = 1  # met again inside itself
+            sizes[id(value)] = 0  # being counted
             children = value.values() if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(map(size_of, children))
         return sizes[id(value)]

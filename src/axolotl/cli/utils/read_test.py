@@ -30,6 +30,11 @@ def test_merge_keys_are_not_duplicates():
     assert parse_config(text, "c.yml")["other"] == {"x": 3, "y": 2}
 
 
+@pytest.mark.parametrize("text", ["a: &x [*x]", "a: &x {b: [1, *x]}"])
+def test_an_alias_inside_its_own_value(text):
+    assert "inside the value that it names" in refusal(text)
+
+
 def test_a_key_written_twice_names_both_lines_and_the_last_counts(monkeypatch):
     said = []
     monkeypatch.setattr("axolotl.cli.utils.read.LOG.warning", said.append)

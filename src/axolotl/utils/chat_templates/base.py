@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,8 @@ def read_jinja(jinja_template: str) -> str:
     looks_like_path = "\n" not in jinja_template and "{" not in jinja_template and len(jinja_template) < 4096
     if not looks_like_path:
         return jinja_template
-    path = Path(jinja_template).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(jinja_template))
+    if os.path.isfile(path):
         return path.read_text(encoding="utf-8")
     if path.suffix in {".jinja", ".jinja2", ".j2", ".txt"} or "/" in jinja_template:
         raise ConfigError(f"`chat_template_jinja: {jinja_template}` looks like a file, but there is none at that path.")

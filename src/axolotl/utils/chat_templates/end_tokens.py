@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from axolotl.utils.chat_templates.spans import Render
+from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Render
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -24,7 +22,7 @@ def end_tokens_of(tokenizer: PreTrainedTokenizerBase, render: Render, cfg: DictD
     mark = "zzanswerzz"
     try:
         text = render([{"role": "user", "content": "zzquestionzz"}, {"role": "assistant", "content": mark}])
-    except (jinja2.TemplateError, TypeError) as error:
+    except RENDER_ERRORS as error:
         LOG.warning(
             f"The chat template refuses a question and an answer ({error}), so the end-of-turn token is taken to be EOS. "
             "Name others under `eot_tokens:`."

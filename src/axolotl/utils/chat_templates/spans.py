@@ -30,7 +30,15 @@ Render = Callable[..., str]
 
 _MARKER = "zzturn{}markerzz"
 _PLAIN_KEYS = frozenset({"role", "content"})
-RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _MAX_SKELETONS = 4096
 
 

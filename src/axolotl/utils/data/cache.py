@@ -69,7 +69,7 @@ def save_prepared(
         aside: an empty folder on the same disk to write into first.
         num_shards: Arrow files to write; by size when None.
     """
-    whole = aside / "whole"
+    whole = (aside / "whole").absolute()  # `datasets` would look for a user in `~name`
     try:
         dataset.save_to_disk(str(whole), num_shards=num_shards and min(num_shards, max(len(dataset), 1)))
         files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(whole.iterdir())}

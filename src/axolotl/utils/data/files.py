@@ -6,7 +6,10 @@ JSON is read by `json_lines`, exactly as it is written; everything else by `data
 from __future__ import annotations
 
 import glob
+import importlib.util
+import os
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +26,16 @@ from datasets import (
 )
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from fsspec.utils import infer_compression
+from pandas.errors import ParserWarning
 
 from axolotl.exceptions import DatasetError, MissingExtraError
 from axolotl.utils.data import json_lines
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.temporary import temporary_folder
 
-# In a CSV file only an empty cell is nothing: "NA", "null" and "None" are words.
-CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+# In a CSV file only an empty cell is nothing: "NA", "null" and "None" are words. A row with more cells than the header has
+# names is wrong: without `index_col` every cell of the file would move to the name of another column.
+CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False}
 
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
@@ -71,10 +76,11 @@ def named_files(config: DictDefault) -> list[Path] | None:
     Raises:
         DatasetError: `data_files` names one that does not exist.
     """
-    path = Path(str(config.path)).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(str(config.path)))
+    # `os.path` says no to what can be no path, such as a name of a thousand letters; `Path` raises.
+    if os.path.isdir(path):
         return find_files(path, file_names(config)) if config.data_files else None
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     if names_reader(config):
         if not config.data_files:
@@ -119,10 +125,10 @@ def find_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        pattern = str(Path(name).expanduser())
+        pattern = os.path.expanduser(name)
         for root in (folder, Path()):
             matches = sorted(glob.glob(str(root / pattern), recursive=True)) or [str(root / pattern)]
-            matches = [match for match in matches if Path(match).is_file()]
+            matches = [match for match in matches if os.path.isfile(match)]
             if matches:
                 break
         else:
@@ -217,7 +223,9 @@ def open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any
         )
     reader, arguments = readers[0]
     if reader != "json" or not json_lines.can_read(files):
-        return load_dataset(reader, data_files=[str(file) for file in files], **arguments, **common)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)  # cells would be lost
+            return load_dataset(reader, data_files=[str(file) for file in files], **arguments, **common)
     return _read_json(files, config, common)
 
 
@@ -250,10 +258,12 @@ def unpack(file: Path, cache_dir: str | None) -> list[Path]:
     """The files of rows in an archive; any other file itself.
 
     Raises:
-        DatasetError: the archive cannot be opened, or holds no rows.
+        DatasetError: the archive cannot be opened, holds no rows, or is cut short.
         MissingExtraError: a compressed file needs a package that is not installed.
     """
     check_compression(str(file))
+    if file.suffix.lower() == ".zst":
+        check_whole_zst(file)
     if not file.name.lower().endswith(ARCHIVES):
         return [file]
     folder = temporary_folder("unpacked-", cache_dir)
@@ -278,6 +288,29 @@ def check_compression(file: str) -> None:
     package = NEED_PACKAGE.get(Path(file).suffix.lower())
     if package and infer_compression(file.lower()) is None:
         raise MissingExtraError(package, "compression", f"dataset file {file}")
+
+
+def check_whole_zst(file: Path) -> None:
+    """Raise `DatasetError` for a file cut short: its readers take the end of the file for the end of the data."""
+    if not importlib.util.find_spec("zstandard"):
+        return  # another package reads it, and says so itself
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 16):
+                while chunk:
+                    if frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+                    frame.decompress(chunk)
+                    chunk = frame.unused_data if frame.eof else b""
+    except zstandard.ZstdError as error:
+        raise DatasetError(
+            f"dataset file {file} is damaged or no zst file ({error}). Fetch or write it again."
+        ) from error
+    if file.stat().st_size and not frame.eof:
+        raise DatasetError(f"dataset file {file} is cut short: its last frame does not end. Fetch or write it again.")
 
 
 def stream_json(urls: Sequence[str], options: Mapping[str, Any]) -> IterableDataset | None:

@@ -187,7 +187,7 @@ def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_local(path: Any) -> bool:
-    return isinstance(path, str) and "://" not in path and Path(path).expanduser().exists()
+    return isinstance(path, str) and "://" not in path and os.path.exists(os.path.expanduser(path))
 
 
 def _known_fingerprint(entry: DictDefault, cfg: DictDefault) -> str:
@@ -234,9 +234,9 @@ def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str | None:
     named = files.named_files(entry)
     if named is not None:
         return json.dumps([file_fingerprint(file) for file in named])
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return folder_fingerprint(local)
+    local = os.path.expanduser(path)
+    if os.path.isdir(local):
+        return folder_fingerprint(Path(local))
     return _hub_fingerprint(path, entry.revision, use_auth_token)
 
 

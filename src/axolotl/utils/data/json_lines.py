@@ -8,9 +8,13 @@ as the same Python object.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import json
+import lzma
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +33,14 @@ from axolotl.utils.temporary import temporary_folder
 ROWS_PER_BLOCK = 10_000
 BYTES_PER_BLOCK = 32 << 20
 INT64 = range(-(2**63), 2**63)
+
+DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
+"""What the decompressors raise for a damaged file, besides OSError."""
+
+if importlib.util.find_spec("zstandard"):
+    import zstandard
+
+    DECOMPRESSION_ERRORS = (*DECOMPRESSION_ERRORS, zstandard.ZstdError)
 
 
 @dataclass
@@ -83,8 +95,25 @@ def _holds_rows(file: File, options: Options | None) -> bool:
 
 def _head(file: File, options: Options | None = None) -> bytes:
     """The first 64 KB after byte order mark and blanks. Opened by itself: some compressions cannot be read backwards."""
-    with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
+    with _open(file, options) as stream:
         return stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+
+
+@contextlib.contextmanager
+def _open(file: File, options: Options | None) -> Iterator[Any]:
+    """The bytes of a file, uncompressed.
+
+    Raises:
+        DatasetError: a compressed file is damaged, also while it is read.
+    """
+    try:
+        with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
+            yield stream
+    except DECOMPRESSION_ERRORS as error:
+        raise DatasetError(
+            f"dataset file {file} cannot be decompressed: it is damaged, cut short or not what its name says "
+            f"({str(error) or type(error).__name__}). Fetch or write it again."
+        ) from error
 
 
 def iter_rows(files: Sequence[str], options: Options | None = None) -> Iterator[dict[str, Any]]:
@@ -231,7 +260,7 @@ def _blocks(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
 
 def _rows(file: File, options: Options | None = None) -> Iterator[tuple[dict[str, Any], int]]:
     is_list = _head(file, options).startswith(b"[")
-    with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
+    with _open(file, options) as stream:
         if str(file).lower().endswith(".zst"):
             stream = io.BufferedReader(stream)  # that of zstandard has no lines
         if is_list:
@@ -246,7 +275,7 @@ def _rows(file: File, options: Options | None = None) -> Iterator[tuple[dict[str
 def _list_rows(file: File, content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"dataset file {file} is not valid JSON: {error}") from error
     size = len(content) // max(len(rows), 1)
     for number, row in enumerate(rows):
@@ -263,7 +292,7 @@ def _parse(line: bytes, file: File, where: str) -> dict[str, Any]:
             f"dataset file {file}, {where} is not UTF-8 text ({error.reason}, byte {error.start}). Save the file as UTF-8. "
             f"The line starts {_short(line)}."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"dataset file {file}, {where} is not valid JSON: {error}. The line starts {_short(line)}."
         ) from error

@@ -7,12 +7,14 @@ of the Hugging Face hub. Everything comes back as a memory-mapped Arrow dataset,
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import yaml
 from datasets import (
     Dataset,
     DatasetDict,
@@ -34,7 +36,17 @@ from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
-READ_ERRORS = (DatasetsError, DatasetGenerationError, pa.ArrowException, ValueError, OSError, KeyError, StopIteration)
+READ_ERRORS = (
+    DatasetsError,
+    DatasetGenerationError,
+    pa.ArrowException,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    StopIteration,
+    yaml.YAMLError,
+)
 
 LONGEST_CAUSE = 300
 
@@ -154,14 +166,14 @@ def _open(
         if files.names_reader(config):
             config = DictDefault({**config, "ds_type": path})
         return files.open_files(named, config, common)
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     common["split"] = config.split or "train"
-    if local.is_dir():
+    if os.path.isdir(local):
         return _open_folder(local, config, common)
     if _looks_local(path):
         hint = " For several files write the folder as `path` and the pattern as `data_files`." if "*" in path else ""
         raise DatasetError(
-            f"dataset `path: {path}` does not exist (looked for {local.resolve()}). Check the path.{hint}"
+            f"dataset `path: {path}` does not exist (looked for {os.path.realpath(local)}). Check the path.{hint}"
         )
     data_files = {"data_files": config.data_files} if config.data_files else {}
     return _open_repository(path, config, True if use_auth_token else None, common, data_files)

@@ -78,7 +78,13 @@ def load_lora_config(adapter_dir: Path) -> tuple[LoraConfig, int | None]:
             f"`{adapter_dir}` holds no adapter (no adapter_config.json). Train one first, or say where it is with "
             "`--lora-model-dir`."
         )
-    kind = PeftConfig._get_peft_type(str(adapter_dir))
+    try:
+        kind = PeftConfig._get_peft_type(str(adapter_dir))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"`{adapter_dir}/adapter_config.json` is no config of an adapter ({type(error).__name__}: {error}). Copy or save "
+            "the adapter again."
+        ) from error
     if kind != PeftType.LORA:
         raise ModelError(
             f"`{adapter_dir}` is a {kind} adapter; only LORA adapters can be merged shard by shard. "
@@ -121,7 +127,12 @@ class Adapter:
         blank.layer_replication = None  # `model` has its layers already
         blank.base_model_name_or_path = model.name_or_path  # peft warns when they differ
         plain_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        peft_model = get_peft_model(model, blank, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        try:
+            peft_model = get_peft_model(model, blank, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ModelError(
+                f"The adapter does not fit the base model: {error} It was trained on another one: check `base_model`."
+            ) from error
         self.changes: dict[str, Change] = {}
         self._spare: set[str] = set()  # saved by PEFT twice, and the same as a tensor that is used
         inside = "\n"
@@ -242,7 +253,14 @@ class Adapter:
             state["base_layer.weight"] = _residual(module, self._init, state["base_layer.weight"])
         if self._loftq_bits is not None:
             state["base_layer.weight"] = round_trip(state["base_layer.weight"], self._loftq_bits)
-        module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+        try:
+            module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise ModelError(
+                f"The adapter's weights of `{change.path}` have other shapes than its adapter_config.json and the base model "
+                f"make: {said} Check `base_model`, and that config and weights are of one training."
+            ) from error
         base = module.get_base_layer()
         with torch.no_grad():
             probe = _probe_of(base)

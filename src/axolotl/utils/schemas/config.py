@@ -61,7 +61,7 @@ class RunConfig(Words):
         "Continue from the last whole checkpoint in `output_dir`, if there is one."
     )
     trainer_cls: str | None = key("Trainer class, as an importable path.")
-    seed: Int | None = key("Seed of every random choice. Default: 42.", ge=0)
+    seed: Int | None = key("Seed of every random choice. Default: 42.", ge=0, le=2**32 - 1)
     world_size: Int | None = key("Number of processes; set by the launcher.")
     local_rank: Int | None = key("Number of this process on its machine; set by the launcher.")
 
