@@ -4,8 +4,8 @@
 
 The compiler fuses norms, activations and residuals around the operators, decides what of those to keep for backward, and
 cannot move what happens inside: dense copies of quantized weights live as long as one matmul. The functions of
-`axolotl.kernels.lora` are what runs without the compiler; PyTorch 2.11 gives traced `autograd.Function`s zero gradients
-for parameters that they read from modules.
+`axolotl.kernels.lora` are what runs without the compiler; PyTorch 2.11 gives a traced `autograd.Function` zero gradients when
+its output ends in a conversion that changes nothing, as theirs may.
 
 Shape legend: N tokens, H features in, O features out, r rank, R ranks of all projections.
 """

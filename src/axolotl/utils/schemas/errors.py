@@ -35,7 +35,7 @@ WANTED = {
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
     "less_than": "a number below {lt:g}",
-    "less_than_equal": "a number of at most {le:g}",
+    "less_than_equal": "a number of at most {le:.10g}",
     "string_pattern_mismatch": "text that matches {pattern}",
 }
 
