@@ -146,6 +146,11 @@ def _best_flash(wanted: str, config: PretrainedConfig, model_class: Any, sequenc
         for name in candidates:
             package = ATTENTION[name].package
             if package and _package_present(package):
+                if name == "flash_attention_2" and _own_kernel_serves(config, model_class, sequence_len):
+                    return (
+                        varlen.NAME,
+                        f"PyTorch has the kernel of {package} built in, and compiled layers see through it",
+                    )
                 return name, f"package {package} is installed"
     refusal = varlen_refusal(config, model_class, sequence_len)
     if refusal:
@@ -158,6 +163,19 @@ def _best_flash(wanted: str, config: PretrainedConfig, model_class: Any, sequenc
             "the model caps its scores or has attention sinks, which PyTorch's varlen kernel cannot do",
         )
     return varlen.NAME, "no flash-attn package is installed; PyTorch's own varlen kernel does the same"
+
+
+def _own_kernel_serves(config: PretrainedConfig, model_class: Any, sequence_len: int) -> bool:
+    """Whether PyTorch's varlen kernel, which is that of flash-attn 2, does all that the model asks of attention."""
+    text = config.get_text_config()
+    return (
+        varlen.varlen_attn is not None
+        and model_class is not None
+        and bool(model_class._supports_sdpa)
+        and _soft_cap(config) is None
+        and not getattr(text, "attention_dropout", 0.0)
+        and varlen_refusal(config, model_class, sequence_len) is None
+    )
 
 
 def _sdpa_may_be_varlen(cfg: DictDefault, config: PretrainedConfig, model_class: Any, sequence_len: int) -> bool:

@@ -103,3 +103,18 @@ def test_heads_wider_than_256_pass_the_flash_packages_by(config, expected, monke
     monkeypatch.setattr(table, "_package_present", lambda name: True)
     cfg = DictDefault(attn_implementation="flash_attention_2")
     assert resolve_attention(cfg, config, LlamaForCausalLM) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), varlen.NAME),
+        (LlamaConfig(attention_dropout=0.1), "flash_attention_2"),  # which the built-in kernel does not have
+    ],
+    ids=["plain", "dropout"],
+)
+def test_the_built_in_kernel_stands_for_flash_attn_2(config, expected, monkeypatch) -> None:
+    monkeypatch.setattr(table.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(table, "_package_present", lambda name: name == "flash_attn")
+    cfg = DictDefault(attn_implementation="flash_attention_2", sample_packing=True)
+    assert resolve_attention(cfg, config, LlamaForCausalLM) == expected
