@@ -94,10 +94,13 @@ def test_checkpointed_layers(offloading, tmp_path):
         assert (far / sum(grad.float().square().sum() for grad in wanted_grads.values())).sqrt() < 0.05
 
 
+@pytest.mark.parametrize("write_h", [False, True])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 32, 0), (0, 4, 64), (0, 0, 0), (160, 16, 16)])
-@pytest.mark.parametrize("rows, size", [(130, 200), (64, 128), (1, 24)])
-def test_gated_activation_with_low_rank_terms(rows, size, ranks, act):
+@pytest.mark.parametrize(
+    "ranks", [(16, 16, 16), (8, 32, 0), (0, 4, 20), (0, 4, 64), (0, 0, 0), (128, 100, 128), (160, 16, 16)]
+)
+@pytest.mark.parametrize("rows, size", [(2100, 200), (64, 128), (1, 24), (0, 64)])
+def test_gated_activation_with_low_rank_terms(rows, size, ranks, act, write_h):
     torch.manual_seed(0)
     gate, up, down = ranks
 
@@ -115,8 +118,12 @@ def test_gated_activation_with_low_rank_terms(rows, size, ranks, act):
         "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     }
     wanted = activations[act](whole[:, :size]) * whole[:, size:]
-    wanted.backward(grad64 + grad_low64 @ a64.T)
+    (gu_grad64,) = torch.autograd.grad(wanted, whole, grad64 + grad_low64 @ a64.T)
+    h64 = wanted.detach()
+    factors = (gu_grad64[:, :size].T @ low64[:, :gate], gu_grad64[:, size:].T @ low64[:, gate:], grad_low64.T @ h64)
     h = lora_gated_forward(gu, low, b_gate, b_up, act)
-    grad_gu = lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, act)
-    for ours, theirs in ((h, wanted.detach()), (grad, wanted.detach()), (grad_gu, whole.grad)):
+    got = lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, act, write_h=write_h)
+    pairs = [(h, h64), *zip(got, (gu_grad64, *factors), strict=True), *([(grad, h64)] if write_h else [])]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape and ours.is_contiguous()
         assert (ours.double().cpu() - theirs).norm() <= 0.01 * theirs.norm()

@@ -4,12 +4,16 @@
 
 Added by separate matmuls, the low-rank terms cost one pass over gate and one over up each, forward and backward. Here they
 are formed in registers while the activation reads its inputs: the products of a tile are (rows, rank) by (rank, columns).
-Backward forms the low-rank term of its incoming gradient in the same way. fp32 inside, rounded once.
+Backward forms the low-rank term of its incoming gradient in the same way, and from the values that it has in registers the
+gradients of the factors beside it, which would otherwise take one more pass over each of its outputs and one over h.
+fp32 inside, rounded once.
 
 Shape legend: N tokens, I features of gate and of up, r rank (any, 0 for none; each may differ).
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,11 +23,38 @@ from axolotl.kernels.utils import jit, runs_triton, tl
 MAX_RANK = 128
 """Above, a tile of B does not fit beside the tiles of the activations, and plain matmuls do the work."""
 
-# Rows and columns of a tile, tiles that a program does one below the other, and warps: the fastest on an H200 at rank 16.
-# Larger tiles run out of registers in backward; several tiles read their part of the B matrices once.
-_FORWARD_TILE = (16, 128, 8, 2)
-_BACKWARD_TILE = (16, 128, 8, 4)
-_STAGES = 2
+MAX_SUMMED_RANK = 16
+"""Above, the sums over tokens do not fit in the registers beside a tile; matmuls read the outputs of backward again."""
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its matrices.
+
+    Attributes:
+        rows: of one tile.
+        columns: of one tile.
+        count: tiles that a program does, one below the other.
+        warps: of a program.
+        stages: tiles that are loaded at a time, all but one of them ahead.
+    """
+
+    rows: int
+    columns: int
+    count: int
+    warps: int
+    stages: int
+
+
+# By the highest rank that they serve: the fastest on an H200 at rank 16, and what fits into the shared memory of smaller GPUs.
+# Several tiles read their part of the B matrices once; what a program sums goes to memory once for all its tiles.
+_WIDE = Tile(rows=16, columns=128, count=16, warps=4, stages=3)
+_PLAIN_TILES = {32: _WIDE, 64: _WIDE._replace(columns=64, stages=2), MAX_RANK: _WIDE._replace(columns=32, stages=2)}
+_SUMMING_TILE = Tile(rows=32, columns=64, count=32, warps=4, stages=3)
+
+
+# Products with a low-rank factor are added to the accumulator of the matrix unit, so that the tiles are loaded in its layout,
+# and by `tl.range` ahead of their use. A factor that is also multiplied the other way round is loaded twice, as a tile that
+# has to change its layout cannot be loaded ahead.
 
 
 @jit
@@ -36,59 +67,108 @@ def _load_factor(ptr, at, num, stride, RANK: tl.constexpr, PADDED: tl.constexpr)
 
 
 @jit
+def _load_factor_T(ptr, at, num, stride, RANK: tl.constexpr, PADDED: tl.constexpr):
+    """The transpose of `_load_factor`: (PADDED, len(at))."""
+    rank = tl.arange(0, PADDED)
+    return tl.load(
+        ptr + at[None, :] * stride + rank[:, None], mask=(at[None, :] < num) & (rank[:, None] < RANK), other=0.0
+    )
+
+
+@jit
+def _store_sum(ptr, value, at, num, stride, stride_rank, RANK: tl.constexpr, PADDED: tl.constexpr):
+    """Write `value` (PADDED, len(at)) to the places `at` of `num`."""
+    rank = tl.arange(0, PADDED)
+    mask = (at[None, :] < num) & (rank[:, None] < RANK)
+    tl.store(ptr + at[None, :] * stride + rank[:, None] * stride_rank, value, mask=mask)
+
+
+@jit
 def _forward_kernel(
     gu_ptr, h_ptr, low_ptr, b_gate_ptr, b_up_ptr, num_rows, num_columns, low_stride,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
     b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
-    for tile in range(TILES):
-        rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * (2 * num_columns) + columns[None, :]
+    at_h = row[:, None] * num_columns + columns[None, :]
+    first = tl.program_id(1) * (TILES * ROWS)
+    for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = start + row
         inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        at = rows[:, None] * (2 * num_columns) + columns[None, :]
-        gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
+        before = tl.cast(start, tl.int64) * num_columns
+        gate = tl.load(gu_ptr + 2 * before + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + 2 * before + num_columns + at, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate += tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate)
+            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up += tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up)
+            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up, up)
         act, _ = _act_and_slope(gate, ACT)
-        h = (act * up).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + rows[:, None] * num_columns + columns[None, :], h, mask=inside)
+        tl.store(h_ptr + before + at_h, (act * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def _backward_kernel(
-    grad_ptr, gu_ptr, grad_gu_ptr, low_ptr, b_gate_ptr, b_up_ptr, grad_low_ptr, a_ptr, num_rows, num_columns, low_stride,
+    grad_ptr, gu_ptr, grad_gu_ptr, low_ptr, b_gate_ptr, b_up_ptr, grad_low_ptr, a_ptr, sums_ptr,
+    num_rows, num_columns, low_stride,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
-    RANK_DOWN: tl.constexpr, PADDED_DOWN: tl.constexpr,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    RANK_DOWN: tl.constexpr, PADDED_DOWN: tl.constexpr, SUMS: tl.constexpr, WRITE_H: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """With SUMS, a row of `sums_ptr` gets the gradients of B_gate, B_up and A from the tokens of this program; with WRITE_H,
+    `grad_ptr` gets h."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
     b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
     a = tl.trans(_load_factor(a_ptr, columns, num_columns, RANK_DOWN, RANK_DOWN, PADDED_DOWN))
+    sum_gate = tl.zeros((PADDED_GATE, COLUMNS), tl.float32)
+    sum_up = tl.zeros((PADDED_UP, COLUMNS), tl.float32)
+    sum_down = tl.zeros((PADDED_DOWN, COLUMNS), tl.float32)
     dtype = grad_gu_ptr.dtype.element_ty
-    for tile in range(TILES):
-        rows = (tl.program_id(1).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * (2 * num_columns) + columns[None, :]
+    at_h = row[:, None] * num_columns + columns[None, :]
+    first = tl.program_id(1) * (TILES * ROWS)
+    for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = start + row
         inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        at = rows[:, None] * (2 * num_columns) + columns[None, :]
-        at_h = rows[:, None] * num_columns + columns[None, :]
-        gate = tl.load(gu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gu_ptr + at + num_columns, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + at_h, mask=inside, other=0.0).to(tl.float32)
+        before = tl.cast(start, tl.int64) * num_columns
+        gate = tl.load(gu_ptr + 2 * before + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + 2 * before + num_columns + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + before + at_h, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate += tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate)
+            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up += tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up)
+            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up, up)
         if RANK_DOWN > 0:
-            grad += tl.dot(_load_factor(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN), a)
+            grad = tl.dot(_load_factor(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN), a, grad)
         act, slope = _act_and_slope(gate, ACT)
-        tl.store(grad_ptr + at_h, (act * up).to(dtype), mask=inside)
-        tl.store(grad_gu_ptr + at, (grad * up * slope).to(dtype), mask=inside)
-        tl.store(grad_gu_ptr + at + num_columns, (grad * act).to(dtype), mask=inside)
+        h = (act * up).to(dtype)
+        grad_gate = (grad * up * slope).to(dtype)
+        grad_up = (grad * act).to(dtype)
+        tl.store(grad_gu_ptr + 2 * before + at, grad_gate, mask=inside)
+        tl.store(grad_gu_ptr + 2 * before + num_columns + at, grad_up, mask=inside)
+        if WRITE_H:
+            tl.store(grad_ptr + before + at_h, h, mask=inside)
+        if SUMS and RANK_GATE > 0:
+            low_T = _load_factor_T(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE)
+            sum_gate = tl.dot(low_T, grad_gate, sum_gate)
+        if SUMS and RANK_UP > 0:
+            low_T = _load_factor_T(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP)
+            sum_up = tl.dot(low_T, grad_up, sum_up)
+        if SUMS and RANK_DOWN > 0:
+            grad_low_T = _load_factor_T(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
+            sum_down = tl.dot(grad_low_T, h, sum_down)
+    if SUMS:
+        to = sums_ptr + tl.program_id(1).to(tl.int64) * num_columns * (RANK_GATE + RANK_UP + RANK_DOWN)
+        _store_sum(to, sum_gate, columns, num_columns, RANK_GATE, 1, RANK_GATE, PADDED_GATE)
+        to += num_columns * RANK_GATE
+        _store_sum(to, sum_up, columns, num_columns, RANK_UP, 1, RANK_UP, PADDED_UP)
+        to += num_columns * RANK_UP
+        _store_sum(to, sum_down, columns, num_columns, 1, num_columns, RANK_DOWN, PADDED_DOWN)
 
 
 def _padded(rank: int) -> int:
@@ -101,8 +181,20 @@ def _fits(*tensors: torch.Tensor, ranks: tuple[int, ...]) -> bool:
     return half and max(ranks) <= MAX_RANK and runs_triton(*tensors)
 
 
-def _grid(num_rows: int, num_columns: int, tile: tuple[int, int, int, int]) -> tuple[int, int]:
-    return (-(-num_columns // tile[1]), -(-num_rows // (tile[0] * tile[2])))
+def _plain_tile(*ranks: int) -> Tile:
+    return next(tile for highest, tile in _PLAIN_TILES.items() if max(ranks) <= highest)
+
+
+def _grid(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, int]:
+    return (-(-num_columns // tile.columns), -(-num_rows // (tile.rows * tile.count)))
+
+
+def _cut(act: Activation, tile: Tile, **ranks: int) -> dict[str, Any]:
+    """The constants of a kernel: of every rank, itself and what it is padded to, and the tile."""
+    padded = {f"PADDED_{name}": _padded(rank) for name, rank in ranks.items()}
+    own = {f"RANK_{name}": rank for name, rank in ranks.items()}
+    cut = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": tile.count, "STAGES": tile.stages}
+    return {**own, **padded, **cut, "ACT": act, "num_warps": tile.warps}
 
 
 def _add_low_rank(gu: torch.Tensor, low: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> torch.Tensor:
@@ -136,15 +228,30 @@ def lora_gated_forward(
         whole = _add_low_rank(gu, low, b_gate, b_up)
         return gated_forward(whole[:, :size].contiguous(), whole[:, size:].contiguous(), act)
     h = gu.new_empty(num_rows, size)
+    tile = _plain_tile(*ranks)
     if num_rows:
         with torch.cuda.device(gu.device):
-            _forward_kernel[_grid(num_rows, size, _FORWARD_TILE)](
+            _forward_kernel[_grid(num_rows, size, tile)](
                 gu, h, low, b_gate, b_up, num_rows, size, low.shape[1],
-                RANK_GATE=ranks[0], PADDED_GATE=_padded(ranks[0]), RANK_UP=ranks[1], PADDED_UP=_padded(ranks[1]),
-                ACT=act, ROWS=_FORWARD_TILE[0], COLUMNS=_FORWARD_TILE[1], TILES=_FORWARD_TILE[2],
-                num_warps=_FORWARD_TILE[3], num_stages=_STAGES,
+                **_cut(act, tile, GATE=ranks[0], UP=ranks[1]),
             )  # fmt: skip
     return h
+
+
+class GatedGradients(NamedTuple):
+    """What `lora_gated_backward` returns.
+
+    Attributes:
+        gu: (N, 2 I), of gate and of up, side by side.
+        b_gate: (I, r_gate).
+        b_up: (I, r_up).
+        a: (r, I), of the A of the projection that follows.
+    """
+
+    gu: torch.Tensor
+    b_gate: torch.Tensor
+    b_up: torch.Tensor
+    a: torch.Tensor
 
 
 def lora_gated_backward(
@@ -156,18 +263,21 @@ def lora_gated_backward(
     grad_low: torch.Tensor,
     a_T: torch.Tensor,
     act: Activation,
-) -> torch.Tensor:
-    """Gradient of `lora_gated_forward` by gate and up, where that of `h` is `grad_h + grad_low a_T^T`.
+    *,
+    write_h: bool = False,
+) -> GatedGradients:
+    """Gradients of `lora_gated_forward`, where that of `h` is `grad_h + grad_low a_T^T`, and of `a_T`.
 
     Args:
-        grad_h: (N, I) contiguous, without the low-rank term of the projection that follows. Becomes `h`.
+        grad_h: (N, I) contiguous, without the low-rank term of the projection that follows. Its memory may be used.
         gu: (N, 2 I), as in forward; low, b_gate, b_up: as in forward.
-        grad_low: (N, r) contiguous, the gradient of the low-rank input of that projection.
+        grad_low: (N, r) contiguous, the gradient of the low-rank input of that projection, `h a_T`.
         a_T: (I, r) contiguous, its A transposed.
         act: the activation.
+        write_h: whether `grad_h` becomes `h`.
 
     Returns:
-        (N, 2 I): the gradients of gate and of up, side by side.
+        The gradients, in the dtype of `gu`; those of the factors are summed in fp32 over products of rounded values.
     """
     num_rows, size = grad_h.shape
     ranks = (b_gate.shape[1], b_up.shape[1], a_T.shape[1])
@@ -176,17 +286,32 @@ def lora_gated_backward(
             grad_h.addmm_(grad_low, a_T.t())
         whole = _add_low_rank(gu, low, b_gate, b_up)
         gate, up = whole[:, :size].contiguous(), whole[:, size:].contiguous()
-        _, grad_gate, grad_up = gated_backward(grad_h, gate, up, act)
-        return torch.cat([grad_gate, grad_up], dim=1)
+        h, grad_gate, grad_up = gated_backward(grad_h, gate, up, act)
+        return _multiply_factors(torch.cat([grad_gate, grad_up], dim=1), h, low, ranks[0], grad_low)
+    summed = max(ranks) <= MAX_SUMMED_RANK
+    tile = _SUMMING_TILE if summed else _plain_tile(*ranks)
+    grid = _grid(num_rows, size, tile)
     grad_gu = torch.empty_like(gu)
+    sums = torch.empty(grid[1], size * sum(ranks) if summed else 0, dtype=torch.float32, device=gu.device)
     if num_rows:
         with torch.cuda.device(gu.device):
-            _backward_kernel[_grid(num_rows, size, _BACKWARD_TILE)](
-                grad_h, gu, grad_gu, low, b_gate, b_up, grad_low, a_T, num_rows, size, low.shape[1],
-                RANK_GATE=ranks[0], PADDED_GATE=_padded(ranks[0]), RANK_UP=ranks[1], PADDED_UP=_padded(ranks[1]),
-                RANK_DOWN=ranks[2], PADDED_DOWN=_padded(ranks[2]),
-                ACT=act, ROWS=_BACKWARD_TILE[0], COLUMNS=_BACKWARD_TILE[1], TILES=_BACKWARD_TILE[2],
-                num_warps=_BACKWARD_TILE[3], num_stages=_STAGES,
+            _backward_kernel[grid](
+                grad_h, gu, grad_gu, low, b_gate, b_up, grad_low, a_T, sums, num_rows, size, low.shape[1],
+                SUMS=summed, WRITE_H=write_h or not summed, **_cut(act, tile, GATE=ranks[0], UP=ranks[1], DOWN=ranks[2]),
             )  # fmt: skip
+    if write_h or not summed:
         torch.autograd.graph.increment_version(grad_h)
-    return grad_gu
+    if not summed:
+        return _multiply_factors(grad_gu, grad_h, low, ranks[0], grad_low)
+    parts = sums.sum(0).split([size * rank for rank in ranks])
+    shapes = ((size, ranks[0]), (size, ranks[1]), (ranks[2], size))
+    return GatedGradients(grad_gu, *(part.view(shape).to(gu.dtype) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def _multiply_factors(
+    grad_gu: torch.Tensor, h: torch.Tensor, low: torch.Tensor, rank: int, grad_low: torch.Tensor
+) -> GatedGradients:
+    """The gradients of the factors from those of gate and of up; `rank` is that of gate."""
+    size = h.shape[1]
+    b_gate, b_up = grad_gu[:, :size].t() @ low[:, :rank], grad_gu[:, size:].t() @ low[:, rank:]
+    return GatedGradients(grad_gu, b_gate, b_up, grad_low.t() @ h)

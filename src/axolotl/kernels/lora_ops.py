@@ -13,6 +13,7 @@ Shape legend: N tokens, H features in, O features out, r rank, R ranks of all pr
 from __future__ import annotations
 
 import itertools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -190,7 +191,16 @@ _project.register_autograd(_differentiate, setup_context=_keep)
 
 # --- the MLP: gate and up side by side, then the activation with down ---------------------------------------------------
 #
-# Two operators, so that a recomputed layer (gradient checkpointing) can leave the second one out: nothing needs its output.
+# Two operators, so that a recomputed layer (gradient checkpointing) can leave the second one out: nothing needs its outputs.
+# Elsewhere backward keeps `h A^T` of the second, and is spared writing and reading h for it.
+
+RECOMPUTED: ContextVar[bool] = ContextVar("axolotl_recomputed", default=False)
+"""Whether the layer that is being traced runs again in backward, inside the same graph. Either value gives right gradients."""
+
+
+@torch.compiler.assume_constant_result
+def _keeps_outputs() -> bool:
+    return not RECOMPUTED.get()
 
 
 @torch.library.custom_op(
@@ -251,59 +261,66 @@ _gate_up.register_autograd(_differentiate_gate_up, setup_context=_keep_gate_up)
     "axolotl::lora_down",
     mutates_args=(),
     schema="(Tensor gu, Tensor low, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
-    "Tensor a, Tensor b, str act) -> Tensor",
+    "Tensor a, Tensor b, str act, bool keep_low) -> (Tensor, Tensor)",
 )
-def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
-    """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`; gate and up get their low-rank terms here."""
+def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
+    """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`, and `h A^T` (N, r), or (0, r) where backward does not keep it.
+
+    Gate and up get their low-rank terms here.
+    """
     h_NI = lora_gated_forward(gu, low, b_gate, b_up, act)
-    y_NO = _Weights(weights, state, layout).product(h_NI)
-    return y_NO.addmm_(h_NI @ a.t(), b.t()) if b.shape[1] else y_NO
+    y_NO, low_Nr = _Weights(weights, state, layout).product(h_NI), h_NI @ a.t()
+    return y_NO.addmm_(low_Nr, b.t()) if b.shape[1] else y_NO, low_Nr if keep_low else low_Nr.new_empty(0, a.shape[0])
 
 
 @_down.register_fake
-def _(gu, low, b_gate, b_up, weights, state, layout, a, b, act):
-    return gu.new_empty(gu.shape[0], b.shape[0])
+def _(gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
+    num_rows = gu.shape[0]
+    return gu.new_empty(num_rows, b.shape[0]), gu.new_empty(num_rows if keep_low else 0, a.shape[0])
 
 
 @torch.library.custom_op(
     "axolotl::lora_down_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor gu, Tensor low, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
-    "Tensor a, Tensor b, str act) -> Tensor[]",
+    "Tensor a, Tensor b, str act, Tensor low_down) -> Tensor[]",
 )
-def _down_backward(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act):
-    """The gradients of gu, low, b_gate, b_up, a and b."""
+def _down_backward(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act, low_down):
+    """The gradients of gu, low, b_gate, b_up, a and b; `low_down` is the second output of the forward operator."""
     size, rank = b_gate.shape
-    h_NI = _Weights(weights, state, layout).product_back(grad)  # its gradient, until the activation puts h there
-    grad_low_Nr = grad @ b
-    grad_gu = lora_gated_backward(h_NI, gu, low, b_gate, b_up, grad_low_Nr, a.t().contiguous(), act)
-    grad_a = grad_low_Nr.t() @ h_NI
-    grad_b = grad.t() @ (h_NI @ a.t())
-    del h_NI
-    grad_gate, grad_up = grad_gu[:, :size], grad_gu[:, size:]
+    is_kept = low_down.shape[0] == grad.shape[0]
+    grad_h_NI = _Weights(weights, state, layout).product_back(grad)
+    grads = lora_gated_backward(
+        grad_h_NI, gu, low, b_gate, b_up, grad @ b, a.t().contiguous(), act, write_h=not is_kept
+    )
+    grad_b = grad.t() @ (low_down if is_kept else grad_h_NI @ a.t())
+    del grad_h_NI
     grad_low = torch.empty_like(low)
-    torch.mm(grad_gate, b_gate, out=grad_low[:, :rank])
-    torch.mm(grad_up, b_up, out=grad_low[:, rank:])
-    return [grad_gu, grad_low, grad_gate.t() @ low[:, :rank], grad_up.t() @ low[:, rank:], grad_a, grad_b]
+    torch.mm(grads.gu[:, :size], b_gate, out=grad_low[:, :rank])
+    torch.mm(grads.gu[:, size:], b_up, out=grad_low[:, rank:])
+    return [grads.gu, grad_low, grads.b_gate, grads.b_up, grads.a, grad_b]
 
 
 @_down_backward.register_fake
-def _(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act):
+def _(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act, low_down):
     return [torch.empty_like(tensor) for tensor in (gu, low, b_gate, b_up, a, b)]
 
 
 def _keep_down(ctx, inputs, output):
-    gu, low, b_gate, b_up, weights, state, layout, a, b, act = inputs
-    ctx.save_for_backward(gu, low, b_gate, b_up, a, b, *weights, *state)
+    gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low = inputs
+    # An output that is saved, be it empty, is an output that a recomputed layer needs.
+    ctx.save_for_backward(gu, low, b_gate, b_up, a, b, output[1] if keep_low else None, *weights, *state)
     ctx.layout, ctx.act = layout, act
 
 
-def _differentiate_down(ctx, grad):
-    gu, low, b_gate, b_up, a, b, weight, *state = ctx.saved_tensors
+def _differentiate_down(ctx, grad, _):
+    gu, low, b_gate, b_up, a, b, low_down, weight, *state = ctx.saved_tensors
+    if low_down is None:
+        low_down = gu.new_empty(0, a.shape[0])
     grad_gu, grad_low, grad_gate, grad_up, grad_a, grad_b = torch.ops.axolotl.lora_down_backward(
-        grad.contiguous(), gu, low, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act
+        grad.contiguous(), gu, low, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act, low_down
     )
-    return grad_gu, grad_low, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None
+    return grad_gu, grad_low, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None
 
 
 _down.register_autograd(_differentiate_down, setup_context=_keep_down)
@@ -391,7 +408,9 @@ def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation
         gu_NI, low_NR = torch.ops.axolotl.lora_gate_up(x_NH, weights, state, layout, a_RH)
         weights, state, layout, rows_down = _read_frozen(projections[2:])
         a_down, (b_down,) = _read_adapters(projections[2:], rows_down, rows[0], x_NH)
-        y_NO = torch.ops.axolotl.lora_down(gu_NI, low_NR, b_gate, b_up, weights, state, layout, a_down, b_down, act)
+        y_NO, _ = torch.ops.axolotl.lora_down(
+            gu_NI, low_NR, b_gate, b_up, weights, state, layout, a_down, b_down, act, _keeps_outputs()
+        )
     kept = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1]).to(kept)
 

@@ -99,10 +99,10 @@ def test_projections_whose_weights_lie_in_a_row():
     assert_same_gradients(torch.cat(outputs, -1), torch.cat(wanted, -1), [x, *trained(projections)])
 
 
-def test_gated_backward_leaves_the_activation_in_its_gradient():
+def test_gated_backward_leaves_the_activation_where_it_is_asked_to():
     torch.manual_seed(0)
     gu, low, grad = torch.randn(5, 14), torch.randn(5, 3), torch.randn(5, 7)
     b_gate, b_up, grad_low, a_T = torch.randn(7, 2), torch.randn(7, 1), torch.randn(5, 4), torch.randn(7, 4)
     h = lora_gated_forward(gu, low, b_gate, b_up, "silu")
-    lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, "silu")
+    lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, "silu", write_h=True)
     torch.testing.assert_close(grad, h)

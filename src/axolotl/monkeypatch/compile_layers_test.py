@@ -105,21 +105,33 @@ def test_evaluation_and_generation_are_not_compiled(tmp_path):
 
 
 def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, monkeypatch):
-    calls = []
-    forward = lora_ops.lora_gated_forward
+    calls, formed = [], []
+    forward, backward = lora_ops.lora_gated_forward, lora_ops.lora_gated_backward
+
+    def spy(*args, write_h):
+        formed.append(write_h)
+        return backward(*args, write_h=write_h)
+
     monkeypatch.setattr(lora_ops, "lora_gated_forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(lora_ops, "lora_gated_backward", spy)
     model = make("llama", tmp_path, lora=True)
     batch = packed(model.config.vocab_size, 20, 12)
+    layers = len(model.base_model.model.model.layers)
     wanted_loss, wanted = gradients(model, batch)
     compile_layers(model, FAST)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss, grads = gradients(model, batch)
-    assert counters["stats"]["unique_graphs"] > 0
-    assert not counters["graph_break"]
-    assert loss == pytest.approx(wanted_loss, abs=1e-5)
-    assert len(calls) == len(model.base_model.model.model.layers)  # once per layer, not again in backward
-    for name, grad in wanted.items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        calls.clear()
+        formed.clear()
+        loss, grads = gradients(model, batch)
+        assert counters["stats"]["unique_graphs"] > 0
+        assert not counters["graph_break"]
+        assert loss == pytest.approx(wanted_loss, abs=1e-5)
+        assert len(calls) == layers  # once per layer, not again in backward
+        assert formed == [checkpointing] * layers  # what forward had from h is formed again only where it was not kept
+        for name, grad in wanted.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("offloading", [True, "hidden_states"])
