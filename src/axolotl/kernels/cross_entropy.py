@@ -196,6 +196,21 @@ def _loss_and_gradient(
     return loss_C1.sum()
 
 
+def rows_at_once(num_columns: int, logit_bytes: int, chunk_elements: int = CHUNK_ELEMENTS, *, on_gpu: bool) -> int:
+    """Rows of a chunk, at least one, for logits of `num_columns` with `logit_bytes` each."""
+    rows = max(1, chunk_elements // num_columns)
+    if not on_gpu:
+        return rows
+    # Logits of half precision, with no fp32 copy, leave room for twice as many.
+    rows = rows * 2 if logit_bytes == 2 else rows
+    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+
+
+def find_kept_rows(labels_N: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """The rows that count, (S,) int64, of labels of any shape laid in a row."""
+    return (labels_N.reshape(-1) != ignore_index).nonzero().squeeze(1)
+
+
 def linear_cross_entropy(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -211,6 +226,7 @@ def linear_cross_entropy(
     entropy_top_k: int = 0,
     entropy_alpha: float = 1.0,
     chunk_elements: int = CHUNK_ELEMENTS,
+    kept_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over rows of `-log softmax(f(hidden @ weight.T + bias))[label]`, or of what else `TokenLoss` says.
 
@@ -231,23 +247,20 @@ def linear_cross_entropy(
         entropy_top_k: weigh each token by the entropy of so many tokens.
         entropy_alpha: exponent of that weight.
         chunk_elements: at most this many logits exist at once (always at least one row).
+        kept_S: `find_kept_rows` of the labels, for a caller that has it: finding them waits for a GPU.
 
     Returns:
         Scalar fp32. Differentiable once with respect to hidden, weight and bias.
     """
     hidden_NH = hidden_NH.reshape(-1, hidden_NH.shape[-1])
     labels_N = labels_N.reshape(-1).to(hidden_NH.device)
-    kept_S = (labels_N != ignore_index).nonzero().squeeze(1)
+    kept_S = find_kept_rows(labels_N, ignore_index) if kept_S is None else kept_S.to(hidden_NH.device)
     device_type = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_NH.dtype
     # `index_select` is differentiable: its backward writes zeros to the rows that were dropped.
     hidden_SH = hidden_NH if kept_S.numel() == labels_N.numel() else hidden_NH.index_select(0, kept_S)
     labels_S = labels_N if kept_S.numel() == labels_N.numel() else labels_N.index_select(0, kept_S)
-    rows = max(1, chunk_elements // weight_VH.shape[0])
-    if hidden_NH.is_cuda:
-        # Logits of half precision, with no fp32 copy, leave room for twice as many.
-        rows = rows * 2 if dtype in (torch.float16, torch.bfloat16) else rows
-        rows = max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    rows = rows_at_once(weight_VH.shape[0], dtype.itemsize, chunk_elements, on_gpu=hidden_NH.is_cuda)
     kind = TokenLoss(softcap, logit_scale, label_smoothing, z_loss, token_scaling, entropy_top_k, entropy_alpha)
     return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype)
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo.config
@@ -24,12 +24,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from axolotl.kernels.lora_ops import RECOMPUTED
 from axolotl.monkeypatch.attention.documents import mark_used
 from axolotl.monkeypatch.gradient_checkpointing.install import Offloaded, OffloadedCheckpoint, Store, weight_storages
 from axolotl.monkeypatch.lora_kernels import get_layers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schemas.validation.common import LORA_KERNELS
+
+if TYPE_CHECKING:
+    from axolotl.monkeypatch.layer_graphs import LayerGraphs
 
 LOG = get_logger(__name__)
 
@@ -58,11 +62,13 @@ class CompiledForward:
     Attributes:
         plain: the layer's own forward.
         may_fall_back: whether a layer that cannot be compiled runs as it was, after a warning, instead of raising.
+        graphs: record and replay what is compiled, with the number of this layer among theirs; None for launching it each time.
     """
 
     def __init__(self, layer: nn.Module, options: dict[str, Any], *, may_fall_back: bool):
         self.plain: Callable[..., Any] = layer.forward
         self.may_fall_back = may_fall_back
+        self.graphs: tuple[LayerGraphs, int] | None = None
         self._layer: Any = layer
         self._failed = False
         own: Any = type(layer).forward
@@ -89,9 +95,9 @@ class CompiledForward:
         function = layer._gradient_checkpointing_func
         if isinstance(function, OffloadedCheckpoint) and _is_plain_checkpoint(function.function):
             with Offloaded(function.store, weight_storages(layer)):
-                return self._run(self._compiled_recomputed, self.plain, args, kwargs)
+                return self._run_recomputed(self.plain, args, kwargs)
         if _is_plain_checkpoint(function):
-            return self._run(self._compiled_recomputed, self.plain, args, kwargs)
+            return self._run_recomputed(self.plain, args, kwargs)
         return function(functools.partial(self._run_once, **kwargs), *args)
 
     def recomputed(self, function: Callable[..., Any], *args: Any, store: Store | None = None) -> Any:
@@ -107,10 +113,17 @@ class CompiledForward:
         with Offloaded(store, weight_storages(self._layer)) if store is not None else contextlib.nullcontext():
             if watched or not isinstance(function, functools.partial):
                 return plain(*args)
-            return self._run(self._compiled_recomputed, lambda *args, **_: plain(*args), args, function.keywords)
+            return self._run_recomputed(lambda *args, **_: plain(*args), args, function.keywords)
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._compiled, self._raw, args, kwargs)
+
+    def _run_recomputed(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token = RECOMPUTED.set(True)
+        try:
+            return self._run(self._compiled_recomputed, plain, args, kwargs)
+        finally:
+            RECOMPUTED.reset(token)
 
     def _run(
         self, compiled: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,6 +132,10 @@ class CompiledForward:
             return plain(*args, **kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             mark_used()  # The attention inside the graph cannot.
+        if self.graphs is not None and len(args) == 1:
+            graphs, index = self.graphs
+            compiled = functools.partial(graphs.run, index, compiled)
+            args, kwargs = (*args, kwargs), {}
         if not self.may_fall_back:
             return compiled(*args, **kwargs)
         try:

@@ -18,7 +18,12 @@ from transformers import PreTrainedModel
 
 from axolotl.exceptions import ConfigError
 from axolotl.monkeypatch.attention import shifted, varlen
-from axolotl.monkeypatch.attention.documents import MASK_BUILDERS, add_document_hook, register_masks
+from axolotl.monkeypatch.attention.documents import (
+    MASK_BUILDERS,
+    add_document_hook,
+    find_documents_once,
+    register_masks,
+)
 from axolotl.monkeypatch.attention.flex import apply_flex_compile_kwargs
 from axolotl.monkeypatch.attention.scaled_softmax import apply_scaling_softmax
 from axolotl.monkeypatch.compile_layers import apply_torch_compile
@@ -27,6 +32,7 @@ from axolotl.monkeypatch.fp8_linear import apply_fp8_training
 from axolotl.monkeypatch.gradient_checkpointing.choose import why_not_offloaded_by_default
 from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
 from axolotl.monkeypatch.gradient_checkpointing.selective import Selection
+from axolotl.monkeypatch.layer_graphs import apply_cuda_graphs
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
 from axolotl.utils.dict import DictDefault, note_choice
@@ -132,6 +138,11 @@ def _apply_torch_compile(cfg: DictDefault, model: nn.Module | None) -> None:
         apply_torch_compile(cfg, model)
 
 
+def _apply_cuda_graphs(cfg: DictDefault, model: nn.Module | None) -> None:
+    if model is not None:
+        apply_cuda_graphs(cfg, model, has_gpu=torch.cuda.is_available(), num_processes=get_world_size())
+
+
 def _wants_activation_policies(cfg: DictDefault) -> bool:
     unsaid = cfg.activation_offloading is None
     return bool(cfg.gradient_checkpointing and (unsaid or cfg.activation_offloading or cfg.selective_checkpointing))
@@ -191,6 +202,15 @@ LEDGER: tuple[Patch, ...] = (
         stage="pre_model_load",
         condition=_always,
         apply=lambda cfg, model: register_masks(),
+    ),
+    Patch(
+        name="documents found once",
+        what="`find_packed_sequence_indices` of transformers' masking_utils, which does nothing where a hook told the documents",
+        why="it asks the GPU a question in every micro-batch, and the CPU falls behind while it waits for the answer",
+        until="transformers takes the borders of documents as an answer",
+        stage="pre_model_load",
+        condition=_always,
+        apply=lambda cfg, model: find_documents_once(),
     ),
     Patch(
         name="document borders",
@@ -282,6 +302,15 @@ LEDGER: tuple[Patch, ...] = (
         stage="post_model_load",
         condition=_wants_compile,
         apply=_apply_torch_compile,
+    ),
+    Patch(
+        name="CUDA graphs of layers",
+        what="how the compiled forward of each decoder layer is run: recorded once per shape, then replayed",
+        why="launching the kernels of a small model takes as long as running them",
+        until="the graphs of `torch.compile` allow gradients to accumulate over micro-batches",
+        stage="post_model_load",
+        condition=lambda cfg: cfg.cuda_graphs is None or bool(cfg.cuda_graphs),
+        apply=_apply_cuda_graphs,
     ),
 )
 

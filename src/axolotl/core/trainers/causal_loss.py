@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,13 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from axolotl.core.trainers.utils import evaluation_mode
-from axolotl.kernels.cross_entropy import CHUNK_ELEMENTS, TokenLoss, entropy_weights, linear_cross_entropy
+from axolotl.kernels.cross_entropy import (
+    CHUNK_ELEMENTS,
+    TokenLoss,
+    entropy_weights,
+    find_kept_rows,
+    linear_cross_entropy,
+)
 
 IGNORE_INDEX = -100
 
@@ -66,6 +73,11 @@ def count_tokens(batch: Mapping[str, Any], pad_token_id: int | None = None) -> t
         return torch.tensor(ids.numel(), device=ids.device)
     is_pad = (ids == pad_token_id) & (batch["labels"] == IGNORE_INDEX)
     return ids.numel() - is_pad.flip(-1).long().cumprod(-1).sum()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite when it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,13 @@ def probe_logit_formula(run: Callable[..., Any], model: nn.Module, head: nn.Line
     return "the model changes its logits in a way that is not known here"
 
 
+def chunk_limit(num_rows: int, num_columns: int, num_chunks: int | None) -> int:
+    """Logits that may exist at once: what memory allows, or fewer where `num_chunks` pieces of the rows are asked for."""
+    if num_chunks is None:
+        return CHUNK_ELEMENTS
+    return min(CHUNK_ELEMENTS, math.ceil(num_rows / num_chunks) * num_columns)
+
+
 @contextlib.contextmanager
 def fused_loss(
     output_head: OutputHead,
@@ -182,6 +201,7 @@ def fused_loss(
     num_items: torch.Tensor | int,
     num_chunks: int | None = None,
     kind: TokenLoss | None = None,
+    kept_S: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Within the context, the model's own loss is the fused one, and its `logits` are an empty placeholder.
 
@@ -195,25 +215,20 @@ def fused_loss(
         num_items: the token losses are summed and divided by this.
         num_chunks: pieces that the rows go through the head in, at least; None for as many as memory asks for.
         kind: what the loss of a token is; what the model does to its logits is filled in.
+        kept_S: `find_kept_rows` of the labels, if the caller has it.
     """
     kind = replace(kind or TokenLoss(), softcap=output_head.softcap, logit_scale=output_head.logit_scale)
     sums: list[torch.Tensor] = []
     head, model = output_head.head, output_head.model
+    # Asked before the model runs: a GPU that has to answer in between waits for its next kernels.
+    kept_S = find_kept_rows(labels_BT) if kept_S is None else kept_S
 
     def head_and_loss(hidden_BTH: torch.Tensor) -> torch.Tensor:
-        limit = CHUNK_ELEMENTS
-        if num_chunks is not None:
-            limit = min(limit, -(-labels_BT.numel() // num_chunks) * head.out_features)
-        sums.append(
-            linear_cross_entropy(
-                hidden_BTH,
-                head.weight,
-                labels_BT,
-                bias_V=head.bias,
-                chunk_elements=limit,
-                **vars(kind),
-            )
+        limit = chunk_limit(labels_BT.numel(), head.out_features, num_chunks)
+        loss = linear_cross_entropy(
+            hidden_BTH, head.weight, labels_BT, bias_V=head.bias, chunk_elements=limit, kept_S=kept_S, **vars(kind)
         )
+        sums.append(loss)
         return hidden_BTH.detach()[..., :1]
 
     own_loss_function = vars(model).get("_loss_function")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface
+from transformers import AttentionMaskInterface, masking_utils
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -148,6 +148,19 @@ def register_masks() -> None:
     """Let transformers build the masks of `sdpa`, `eager` and `flex_attention` with documents. Safe to call again."""
     for name, builder in MASK_BUILDERS.items():
         AttentionMaskInterface.register(name, builder)
+
+
+def find_documents_once() -> None:
+    """Keep transformers from looking for documents where they have been told: it waits for the GPU. Safe to call again."""
+    search = masking_utils.find_packed_sequence_indices
+    if hasattr(search, "__wrapped__"):
+        return
+
+    @functools.wraps(search)
+    def search_unless_told(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if CURRENT.get() is not None else search(position_ids)
+
+    masking_utils.find_packed_sequence_indices = search_unless_told
 
 
 def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:

@@ -242,6 +242,7 @@ def varlen_attention_forward(
         attended = [
             _attend(q, k, v, scaling=scale, causal=causal, window=window, softcap=softcap, sinks=s_aux, dropout=dropout)
             for q, k, v in documents
+            if q.shape[2]
         ]
         out_NHD = torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
     return out_NHD.reshape(rows, q_len, num_heads, value.shape[-1]).contiguous(), None

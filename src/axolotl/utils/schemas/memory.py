@@ -78,6 +78,9 @@ class PrecisionConfig(Words):
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None, IGNORE_CASE
     ] = key("Mode of the compiler.")
     torch_compile_options: dict[str, Any] | None = key("Options of the compiler.")
+    cuda_graphs: bool | None = key(
+        "Record the kernels of each compiled layer and launch them together. Left out: where launching takes longer than running."
+    )
     torch_empty_cache_steps: Int | None = key("Empty the GPU cache every so many steps.", ge=1)
     gc_collect_steps: Int | None = key(
         "Collect Python's garbage every so many steps; -1: after each epoch and before evaluation.", ge=-1

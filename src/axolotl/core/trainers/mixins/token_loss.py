@@ -24,11 +24,17 @@ from axolotl.core.trainers.causal_loss import (
 )
 from axolotl.core.trainers.utils import kept_random_state
 from axolotl.exceptions import ConfigError
-from axolotl.kernels.cross_entropy import TokenLoss
+from axolotl.kernels.cross_entropy import TokenLoss, find_kept_rows
+from axolotl.loaders.utils import plain_model
 from axolotl.utils.data.bins import EmptyBatch
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """Tells a tensor from others that are alive, and from itself before it was written to."""
+    return id(tensor), tensor._version
 
 
 class TokenLossMixin(Trainer):
@@ -65,6 +71,7 @@ class TokenLossMixin(Trainer):
         # Of the optimizer step under way: its micro-batches and their losses on this rank, for the report of a bad one.
         self.step_batches: list[Any] = []
         self.step_losses: list[torch.Tensor] = []
+        self._kept_rows: dict[tuple[int, int], torch.Tensor] = {}  # rows with a label, by the tensor of labels
         # Loss of the optimizer step under way, and of the steps since the last log line (this rank's share).
         self.step_loss = torch.zeros((), device=self.args.device)
         self.window_loss = torch.zeros((), device=self.args.device)
@@ -77,8 +84,7 @@ class TokenLossMixin(Trainer):
         self._eval_counts_tokens = False
 
     def _base_causal_model(self) -> torch.nn.Module:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return plain_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -92,6 +98,10 @@ class TokenLossMixin(Trainer):
         loaded = list(itertools.islice(epoch_iterator, num_batches))
         batches = [mask_document_starts(batch) for batch in loaded]
         self.step_batches = batches
+        # Here, once a step, and not in each micro-batch, the CPU waits for the GPU.
+        self._kept_rows = {
+            _identity(batch["labels"]): find_kept_rows(shift_labels(batch)) for batch in batches if "labels" in batch
+        }
         if not batches or "labels" not in batches[0]:
             return batches, None
         # [supervised, all]: one small collective per optimizer step.
@@ -132,6 +142,7 @@ class TokenLossMixin(Trainer):
         """
         if not self.owns_loss or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kept_S = self._kept_rows.pop(_identity(inputs["labels"]), None)
         inputs = mask_document_starts(inputs)
         own_count = count_supervised_tokens(inputs)
         # Gradients and logged losses are averaged over ranks afterwards; a count over all ranks must undo that.
@@ -142,7 +153,7 @@ class TokenLossMixin(Trainer):
         labels_BT = shift_labels(inputs)
         kind = self._kind_of_loss(model)
         if isinstance(head, OutputHead) and not wants_logits:
-            with fused_loss(head, labels_BT, num_items, self.args.loss_num_chunks, kind):
+            with fused_loss(head, labels_BT, num_items, self.args.loss_num_chunks, kind, kept_S):
                 outputs = model(**inputs)
             loss = outputs["loss"]
         elif self._model_takes_num_items and kind == TokenLoss():
