@@ -35,7 +35,7 @@ def make_tiny_tokenizer(
     bos: str | None = "<s>",
     eos: str | None = "</s>",
     pad: str | None = "<pad>",
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
     extra_special_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
     add_bos: bool = True,
 ) -> PreTrainedTokenizerFast:
@@ -47,7 +47,7 @@ def make_tiny_tokenizer(
         bos: beginning-of-text token, or None for none. Written in front of each text when `add_bos`.
         eos: end-of-text token, or None.
         pad: padding token, or None.
-        chat_template: jinja text; `tests.tiny.CHATML` is one.
+        chat_template: jinja text, or several by their names; `tests.tiny.CHATML` is one.
         extra_special_tokens: further special tokens of the vocabulary.
         add_bos: whether tokenizing with special tokens puts `bos` in front.
     """

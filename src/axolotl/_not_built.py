@@ -77,9 +77,6 @@ PLUGINS_NOT_BUILT = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Named chat templates that do not ship. The tokenizers of these models bring theirs along.
-CHAT_TEMPLATES_NOT_BUILT = frozenset({"command_a_tool_use", "gemma4_unified"})
-
 # Keys that are hints about speed or memory. The result of a run is the same with and without them.
 NO_EFFECT_YET: dict[str, Refused] = {
     "flash_attn_fuse_mlp": is_set,
@@ -110,27 +107,9 @@ def not_built_problems(cfg: Mapping[str, Any]) -> list[str]:
         for name in _plugins(cfg)
         if _whole(name) in PLUGINS_NOT_BUILT
     ]
-    problems += _template_problems(cfg)
     for key, idle in NO_EFFECT_YET.items():
         if idle(cfg.get(key)):
             LOG.warning_once(f"`{key}: {cfg[key]}` has no effect yet. The result of the run is the same without it.")
-    return problems
-
-
-def _template_problems(cfg: Mapping[str, Any]) -> list[str]:
-    """Chat templates that are not there, for the whole config and for each dataset."""
-    lists = [cfg.get(key) for key in ("datasets", "test_datasets", "pretraining_dataset")]
-    entries = [entry for found in lists if isinstance(found, list | tuple) for entry in found]
-    problems = []
-    for place in [cfg, *(entry for entry in entries if isinstance(entry, Mapping))]:
-        where = "" if place is cfg else f" of dataset `{place.get('path')}`"
-        template = str(place.get("chat_template")).removeprefix("tokenizer_default_fallback_")
-        if template in CHAT_TEMPLATES_NOT_BUILT:
-            problems.append(
-                f"`chat_template: {place['chat_template']}`{where} is not implemented yet. The tokenizers of these models come "
-                "with their template: write `chat_template: tokenizer_default`; or, where a tokenizer has several, copy one to a file "
-                "and write `chat_template: jinja` with that file as `chat_template_jinja`."
-            )
     return problems
 
 

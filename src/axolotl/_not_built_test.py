@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from axolotl._not_built import CHAT_TEMPLATES_NOT_BUILT, NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, not_built_problems
-from axolotl.utils.chat_templates import chat_template_names
+from axolotl._not_built import NO_EFFECT_YET, NOT_BUILT, PLUGINS_NOT_BUILT, not_built_problems
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.deprecated import DeprecatedParameters
-from axolotl.utils.schemas.enums import ChatTemplate
 from axolotl.utils.schemas.internal import InternalConfig
 from axolotl.utils.schemas.unknown import PLUGIN_OF_PREFIX
 
@@ -84,20 +82,6 @@ def test_plugin_is_refused_under_both_of_its_names(plugin):
     short = plugin.removeprefix("axolotl.integrations.")
     for name in (plugin, short):
         assert not_built_problems({"plugins": [name]}) == [f"`plugins: [{name}]` is not implemented yet. Remove it."]
-
-
-@pytest.mark.parametrize("template", sorted(CHAT_TEMPLATES_NOT_BUILT))
-def test_template_is_refused_wherever_it_is_written(template):
-    entry = {"path": "d", "chat_template": f"tokenizer_default_fallback_{template}"}
-    for cfg in ({"chat_template": template}, {"datasets": [entry]}, {"test_datasets": [entry]}):
-        (problem,) = not_built_problems(cfg)
-        assert template in problem
-        assert "tokenizer_default" in problem
-
-
-def test_every_other_template_ships():
-    shipped = {*chat_template_names(), "jinja", "tokenizer_default"}
-    assert set(ChatTemplate) - shipped == CHAT_TEMPLATES_NOT_BUILT
 
 
 def test_tables_name_what_exists():

@@ -26,7 +26,9 @@ CONTROL_TOKENS = tuple(
     <|eot|> <start_of_turn> <end_of_turn> <|turn> <turn|> <|tool_call> <tool_call|> <|tool_response> <tool_response|>
     <|user|> <|assistant|> <|system|> <|model|> <|end|> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [|user|]
     [|assistant|] [|system|] [|endofturn|] <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|>
-    <|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <|bom|> <|eom|> <think> </think> <tool_call>
+    <|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <|START_THINKING|> <|END_THINKING|> <|START_ACTION|> <|END_ACTION|>
+    <|START_TOOL_RESULT|> <|END_TOOL_RESULT|> [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]
+    <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <|bom|> <|eom|> <think> </think> <tool_call>
     </tool_call>""".split()  # noqa: SIM905
 )
 SEQUENCE_LEN = 4096
@@ -297,9 +299,11 @@ END_OF_TURN = {
     "alpaca": "</s>",
     "aya": "<|END_OF_TURN_TOKEN|>",
     "command_a_rag": "<|END_RESPONSE|>",
+    "command_a_tool_use": "<|END_RESPONSE|>",
     "exaone": "[|endofturn|]",
     "exaone4": "[|endofturn|]",
     "gemma3n": "<end_of_turn>",
+    "gemma4_unified": "<turn|>",
     "llama3_2_vision": "<|eot_id|>",
     "llava": "</s>",
     "metharme": "</s>",
@@ -356,7 +360,10 @@ def test_what_is_learnt_is_the_answers_with_their_ends(name, data):
 
 # Tools and reasoning. Contents are words that occur nowhere else, so that the text says what belongs to which turn.
 
-TOOL_TEMPLATES = ("deepseek_v3", "gemma4", "llama3_2_vision", "nemotron_h", "qwen3", "qwen3_5", "qwen_25")
+TOOL_TEMPLATES = tuple(
+    """command_a_tool_use deepseek_v3 gemma4 gemma4_unified llama3_2_vision mistral_v2v3 mistral_v3_tekken mistral_v7_tekken
+    nemotron_h qwen3 qwen3_5 qwen_25""".split()  # noqa: SIM905
+)
 WORDS = tuple(f"zq{first}{second}" for first in "abcdefgh" for second in "jklmnpqr")
 TOOLS = [
     {
@@ -378,12 +385,12 @@ def tool_conversations(draw) -> list[dict]:
     for _ in range(draw(st.integers(1, 3))):
         turns.append({"role": "user", "content": next(words)})
         for number in range(draw(st.integers(0, 2))):
-            call = {"id": f"call{number}", "type": "function", "function": {"name": "look_up"}}
+            call = {"id": f"call0000{number}", "type": "function", "function": {"name": "look_up"}}
             call["function"]["arguments"] = {"word": next(words)}
             turn = {"role": "assistant", "content": draw(st.sampled_from(["", next(words)])), "tool_calls": [call]}
             if draw(st.booleans()):
                 turn["reasoning_content"] = next(words)
-            turns += [turn, {"role": "tool", "content": next(words), "tool_call_id": f"call{number}"}]
+            turns += [turn, {"role": "tool", "content": next(words), "tool_call_id": f"call0000{number}"}]
         turn = {"role": "assistant", "content": next(words)}
         if draw(st.booleans()):
             turn["reasoning_content"] = next(words)
@@ -405,7 +412,8 @@ def words_of(turns: list[dict], *roles: str) -> set[str]:
 @given(turns=tool_conversations())
 @settings(max_examples=25, deadline=None)
 def test_calls_and_reasoning_are_learnt_and_answers_of_tools_are_not(name, turns):
-    tokenizer = make_tokenizer_of_kind("byte level", CONTROL_TOKENS)
+    eos = "<|END_OF_TURN_TOKEN|>" if name == "command_a_tool_use" else "</s>"
+    tokenizer = make_tokenizer_of_kind("byte level", CONTROL_TOKENS, eos=eos)
     row = strategy_of(name, tokenizer).tokenize_prompt({"messages": turns, "tools": TOOLS})
     text = tokenizer.decode(row["input_ids"])
     pieces = learnt_pieces(tokenizer, row)
@@ -414,8 +422,11 @@ def test_calls_and_reasoning_are_learnt_and_answers_of_tools_are_not(name, turns
     assert all(learnt.count(word) == 1 for word in own)
     assert not any(word in learnt for word in words_of(turns, "user", "system", "tool"))
     assert len(own) >= sum(turn["role"] == "assistant" for turn in turns)
-    assert all(piece.endswith((END_OF_TURN[name], "<|tool_response>", "<tool_call|>")) for piece in pieces)
+    assert all(piece.endswith((END_OF_TURN[name], eos, "<|tool_response>", "<tool_call|>")) for piece in pieces)
     no_header = (
+        "[TOOL_RESULTS]",
+        "<|START_TOOL_RESULT|>",
+        "<|CHATBOT_TOKEN|>",
         "<|im_start|>",
         "<|start_header_id|>",
         "<|turn>",
@@ -536,15 +547,22 @@ def test_details_say_which_characters_are_learnt(text, data):
     assert rows[0] == rows[1]
 
 
+AS_IN_HISTORY = {"nemotron_h": {"enable_thinking": False}, "gemma4_unified": {"empty_thought": False}}
+"""Name of a template -> what makes it end the prompt of inference with the header of an answer in a conversation.
+
+Nemotron is told not to think: it then writes what it does without reasoning. Gemma 4 is told not to begin with an empty thought.
+"""
+
+
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("name", chat_template_names())
 def test_the_prompt_of_inference_is_the_beginning_of_the_example(name, data):
-    """With tokens that do not reach over a border. Nemotron is told not to think: it then writes what it does without reasoning."""
+    """With tokens that do not reach over a border."""
     tokenizer = make_tokenizer_of_kind("bytes", CONTROL_TOKENS)
     contents = data.draw(st.lists(WRITTEN, min_size=2, max_size=6).filter(lambda found: len(found) % 2 == 0))
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    cfg = {"chat_template_kwargs": {"enable_thinking": False}} if name == "nemotron_h" else {}
+    cfg = {"chat_template_kwargs": AS_IN_HISTORY.get(name)}
     strategy = strategy_of(name, tokenizer, cfg)
     row = strategy.tokenize_prompt({"messages": turns})
     prompt = strategy.prompter.build_prompt(turns[:-1], add_generation_prompt=True)

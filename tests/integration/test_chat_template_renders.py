@@ -55,22 +55,28 @@ PICTURE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "tex
 
 NO_SYSTEM = {"gemma", "inst"}
 WITH_TOOLS = {
+    "command_a_tool_use",
     "deepseek_v3",
     "exaone4",
     "gemma4",
+    "gemma4_unified",
     "jamba",
     "llama3_2_vision",
     "llama4",
+    "mistral_v2v3",
+    "mistral_v3_tekken",
+    "mistral_v7_tekken",
     "nemotron_h",
     "qwen3",
     "qwen3_5",
     "qwen_25",
 }
-WITH_THOUGHTS = {"exaone4", "gemma4", "nemotron_h", "qwen3", "qwen3_5"}
+WITH_THOUGHTS = {"exaone4", "gemma4", "gemma4_unified", "nemotron_h", "qwen3", "qwen3_5"}
 WITH_PICTURES = {
     "gemma3",
     "gemma3n",
     "gemma4",
+    "gemma4_unified",
     "llama3_2_vision",
     "llama4",
     "llava",
@@ -80,7 +86,7 @@ WITH_PICTURES = {
     "qwen3_5",
 }
 
-PLAN = WEATHER[1] | {"tool_plan": "I will look."}
+PLAN: dict[str, Any] = WEATHER[1] | {"tool_plan": "I will look."}
 OWN_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "command_a_rag": {
         "documents": {
@@ -89,6 +95,19 @@ OWN_CASES: dict[str, dict[str, dict[str, Any]]] = {
             "enable_citations": True,
         },
         "calls": {"conversation": [WEATHER[0], PLAN, *WEATHER[2:]]},
+    },
+    "command_a_tool_use": {
+        "plans and two answers": {
+            "conversation": [WEATHER[0], PLAN | {"tool_calls": [CALL, CALL | {"id": "call00002"}]}]
+            + [WEATHER[2], WEATHER[2] | {"tool_call_id": "call00002", "content": {"sky": "clear"}}, WEATHER[3]],
+            "tools": TOOLS,
+        },
+        "documents and tools": {
+            "conversation": HELLO,
+            "documents": [{"url": "a", "snippet": "A"}],
+            "tools": TOOLS,
+            "enable_citations": True,
+        },
     },
     "exaone4": {"thoughts that are written": {"conversation": THOUGHTS, "skip_think": False}},
     "llama4": {
@@ -253,6 +272,24 @@ def test_a_template_writes_what_the_published_one_does(name, data):
     if name in WITH_THOUGHTS and data.draw(st.booleans()):
         case["enable_thinking"] = data.draw(st.booleans())
     assert outcome(get_chat_template(name), **case) == outcome(theirs, **case)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_mistral_v3_tekken_is_what_mistral_common_writes(tools):
+    package = pytest.importorskip("mistral_common")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    file = Path(package.__file__).parent / "data" / "tekken_240718.json"
+    result = WEATHER[2] | {"content": '{"sky": "clear"}'}
+    conversation = [SYSTEM, *HELLO, *([*WEATHER[:2], result, WEATHER[3]] if tools else WHY)]
+    request = ChatCompletionRequest(messages=conversation, tools=tools)
+    tokenizer = MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+    tokens = tokenizer.encode_chat_completion(request).tokens
+    written = tokenizer.decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
+    assert render(get_chat_template("mistral_v3_tekken"), conversation=conversation, tools=tools) == written
 
 
 if __name__ == "__main__":

@@ -12,13 +12,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl.exceptions import ConfigError, MissingExtraError, TokenizerError
 from axolotl.loaders.plain_config import only_prepares, read_config_for_tokenizer
-from axolotl.loaders.utils import check_new_tokens_are_trained, explain_load_error, load_model_config, read_revision
-from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.loaders.utils import (
+    check_new_tokens_are_trained,
+    explain_load_error,
+    find_class,
+    load_model_config,
+    read_revision,
+)
+from axolotl.utils.chat_templates.base import NAMED_PREFIX, TOKENIZER_DEFAULT, get_chat_template_from_config
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -131,25 +136,17 @@ def _tokenizer_class(cfg: DictDefault) -> Any:
         except ImportError as error:
             raise MissingExtraError("mistral_common", "mistral", "`tokenizer_use_mistral_common: true`") from error
         return MistralCommonBackend
-    if not cfg.tokenizer_type:
-        return AutoTokenizer
-    found = getattr(transformers, cfg.tokenizer_type, None)
-    if found is None:
-        raise ConfigError(
-            f"`tokenizer_type: {cfg.tokenizer_type}` is not a class of transformers. Write `AutoTokenizer`."
-        )
-    return found
+    return find_class("tokenizer_type", cfg.tokenizer_type, "AutoTokenizer")
 
 
 def _load_base(cfg: DictDefault) -> PreTrainedTokenizerBase:
     source = cfg.tokenizer_config or cfg.base_model
     key = "tokenizer_config" if cfg.tokenizer_config and cfg.tokenizer_config != cfg.base_model else "base_model"
     revision = read_revision(cfg, source)
-    keywords: dict[str, Any] = {"trust_remote_code": bool(cfg.trust_remote_code)}
+    keywords: dict[str, Any] = {}
     if not cfg.tokenizer_use_mistral_common:
-        keywords["use_fast"] = cfg.tokenizer_use_fast if cfg.tokenizer_use_fast is not None else True
-    else:
-        keywords = {}
+        keywords["trust_remote_code"] = bool(cfg.trust_remote_code)
+        keywords["use_fast"] = cfg.tokenizer_use_fast is not False
     if cfg.tokenizer_legacy is not None:
         keywords["legacy"] = cfg.tokenizer_legacy
     if revision:
@@ -244,7 +241,11 @@ def _set_chat_template(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) -> 
     template = get_chat_template_from_config(cfg=cfg, tokenizer=tokenizer)
     if cfg.default_system_message and str(cfg.chat_template) == "chatml" and template:
         template = template.replace(CHATML_DEFAULT_SYSTEM, cfg.default_system_message)
-    tokenizer.chat_template = template
+    choice, own = str(cfg.chat_template), tokenizer.chat_template
+    if not (isinstance(own, dict) and choice.startswith(TOKENIZER_DEFAULT)):
+        tokenizer.chat_template = template
+    elif choice.startswith(NAMED_PREFIX):
+        tokenizer.chat_template = {**own, "default": template}
 
 
 def load_tokenizer(cfg: DictDefault) -> PreTrainedTokenizerBase:

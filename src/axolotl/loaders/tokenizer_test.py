@@ -93,6 +93,25 @@ def test_the_template_of_the_tokenizer_stays_when_none_is_chosen(tmp_path: Path)
     assert load_tokenizer(config(tmp_path / "base")).chat_template == CHATML
 
 
+@pytest.mark.parametrize(
+    ("choice", "stored"),
+    [
+        (None, {"default": CHATML, "tool_use": "T"}),
+        ("tokenizer_default", {"default": CHATML, "tool_use": "T"}),
+        ("tokenizer_default_fallback_llama3", {"default": CHATML, "tool_use": "T"}),
+        ("tokenizer_default:tool_use", {"default": "T", "tool_use": "T"}),
+        ("jinja", "J"),
+    ],
+)
+def test_of_several_templates_the_chosen_one_becomes_the_default(tmp_path: Path, choice, stored) -> None:
+    make_tiny_tokenizer(tmp_path / "base", chat_template={"default": CHATML, "tool_use": "T"})
+    cfg = config(tmp_path / "base", chat_template=choice, chat_template_jinja="J" if choice == "jinja" else None)
+    tokenizer = load_tokenizer(cfg)
+    assert tokenizer.chat_template == stored
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == stored
+
+
 def test_mistral_with_flash_attention_pads_left(base: Path) -> None:
     keys = {"is_mistral_derived_model": True, "attn_implementation": "flash_attention_2"}
     assert load_tokenizer(config(base, **keys)).padding_side == "left"

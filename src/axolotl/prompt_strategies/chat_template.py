@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from axolotl._lazy import lazy_names
 from axolotl.exceptions import ConfigError, DatasetError, TokenizerError
-from axolotl.prompt_tokenizers import IGNORE_INDEX, PromptTokenizingStrategy, Tokenized, join_rows, split_rows
+from axolotl.prompt_tokenizers import (
+    IGNORE_INDEX,
+    PromptTokenizingStrategy,
+    Tokenized,
+    join_rows,
+    plain_backend,
+    split_rows,
+)
 from axolotl.prompters import Prompter
 from axolotl.utils.chat_templates.base import get_chat_template_from_config
 from axolotl.utils.chat_templates.end_tokens import END_TOKEN_REACH, end_tokens_of
@@ -104,19 +112,21 @@ class ChatTemplatePrompter(Prompter):
         self.tokenizer = tokenizer
         self.processor = processor
         self.chat_template = chat_template
+        self.tool_template = chat_template
+        """The text of the template of conversations with tools."""
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.max_length = max_length
         self.drop_system_message = drop_system_message
 
     @property
     def chat_template_msg_variables(self) -> frozenset[str]:
-        """The names that the template reads."""
-        return names_read_by(self.chat_template)
+        """The names that the template reads, with tools or without."""
+        return names_read_by(self.chat_template, self.tool_template)
 
     @property
     def writes_tools(self) -> bool:
         """Whether the template reads the tools of a conversation."""
-        return "tools" in variables_read_by(self.chat_template)
+        return "tools" in variables_read_by(self.tool_template)
 
     def render(
         self, conversation: Sequence[Turn], tools: list | None = None, add_generation_prompt: bool = False
@@ -125,7 +135,7 @@ class ChatTemplatePrompter(Prompter):
         text = self.tokenizer.apply_chat_template(
             for_template(conversation),
             tools=tools,
-            chat_template=self.chat_template,
+            chat_template=self.chat_template if tools is None else self.tool_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **self.chat_template_kwargs,
@@ -257,13 +267,14 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         self._warn_of_absent_ends(eos)
 
     def _warn_of_absent_ends(self, eos: str | None) -> None:
-        template = self.prompter.chat_template
-        for token in self.eot_tokens:
-            self._token_id(token)
-            if token != eos and token not in template:
-                LOG.warning(
-                    f"EOT token '{token}' not found in chat_template. Please check if your template/EOT token is correct."
-                )
+        """Warn of tokens that the template does not hold; those that are no token at all are left out, as none can follow a turn."""
+        template = self.prompter.chat_template + self.prompter.tool_template
+        for token in [token for token in self.eot_tokens if token != eos and token not in template]:
+            LOG.warning(
+                f"EOT token '{token}' not found in chat_template. Please check if your template/EOT token is correct."
+            )
+            if len(self.tokenizer.encode(token, add_special_tokens=False)) != 1:
+                self.eot_tokens.remove(token)
         learns_eos = self.train_on_eos not in (None, "none") and self.eot_tokens == [eos]
         if learns_eos and eos and eos not in template and "eos_token" not in template:
             LOG.warning(
@@ -281,7 +292,11 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             ids = self.tokenizer.encode(token, add_special_tokens=False)
         except (ValueError, TypeError, UnicodeError) as error:
             raise TokenizerError(f"EOT token encoding failed for EOT token '{token}'. Error: {error}") from error
-        if len(ids) != 1:
+        if not ids:
+            raise TokenizerError(
+                f"EOT token encoding failed. Please check if the token is valid and can be encoded: '{token}' gives no token."
+            )
+        if len(ids) > 1:
             raise TokenizerError(
                 f"EOT token '{token}' is encoded as multiple tokens: {ids}. Please add it under `tokens: ` in the config, "
                 "or (recommended) override unused added_tokens via `added_tokens_overrides: `."
@@ -289,6 +304,10 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         return ids[0]
 
     def _encode(self, texts: list[str]) -> list[Tokens]:
+        backend = plain_backend(self.tokenizer)
+        if backend is not None:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            return [Tokens(encoding.ids, Borders(encoding, 0), Borders(encoding, 1)) for encoding in encodings]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )
@@ -338,7 +357,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         if span is None:
             self._warn_once("turn", f"Could not find content start/end boundary for turn {turn_idx}")
             return -1, -1
-        return self._encode([text])[0].within(span, self._control_ids)
+        return self._encode([text])[0].within(span, self._control_ids, text)
 
     # rows
 
@@ -584,7 +603,7 @@ class StrategyLoader:
         """
         dataset = dict(ds_cfg.items()) if isinstance(ds_cfg, Mapping) else ds_cfg.model_dump() if ds_cfg else {}
         has_template = not cfg.tokenizer_use_mistral_common
-        template = get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer) if has_template else ""
+        template = get_chat_template_from_config(cfg, dataset, tokenizer) if has_template else ""
         prompter = self._get_prompter_cls(cfg)(
             tokenizer,
             chat_template=template,
@@ -602,10 +621,16 @@ class StrategyLoader:
             chat_template_kwargs=cfg.get("chat_template_kwargs"),
             drop_system_message=bool(dataset.get("drop_system_message")),
         )
+        renders = [prompter.render]
+        if has_template:
+            prompter.tool_template = get_chat_template_from_config(cfg, dataset, tokenizer, with_tools=True)
+            if prompter.tool_template != template:
+                # Also a list without a tool in it chooses the template of conversations with tools.
+                renders.append(partial(prompter.render, tools=[]))
         params = self._get_strategy_params(cfg, dataset)
         open_end = not params["eot_tokens"] and params["train_on_eot"] is None and params["train_on_eos"] != "none"
         if has_template and open_end:
-            params["eot_tokens"] = end_tokens_of(tokenizer, prompter.render, cfg)
+            params["eot_tokens"] = end_tokens_of(tokenizer, renders, cfg)
         strategy = self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
         strategy.dataset_name = dataset.get("path")
         return strategy

@@ -108,6 +108,16 @@ def test_train_on_eot(option, expected):
     assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")})) == expected
 
 
+def test_an_eot_token_that_neither_template_nor_tokenizer_knows_is_left_out(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    strategy = strategy_of(cfg={"eot_tokens": ["not one", "<|im_end|>", "[/SYSTEM_PROMPT]"]})
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo")})) == ["Yo<|im_end|>"]
+    assert "EOT token 'not one' not found in chat_template" in caplog.text
+    assert "EOT token '[/SYSTEM_PROMPT]' not found in chat_template" in caplog.text
+
+
 @pytest.mark.parametrize("option", ["turn", "all", "last", "none"])
 def test_eos_a_few_tokens_after_the_turn_belongs_to_it(option):
     strategy = strategy_of("phi_35", cfg={"eot_tokens": ["<|end|>"]}, train_on_eos=option, train_on_eot="none")
@@ -118,8 +128,8 @@ def test_eos_a_few_tokens_after_the_turn_belongs_to_it(option):
 def test_eot_tokens_are_followed_to_the_letter():
     strategy = strategy_of(cfg={"eot_tokens": ["<|end|>"]})
     assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo")})) == ["Yo"]
-    with pytest.raises(TokenizerError, match="EOT token 'not one' is encoded as multiple tokens"):
-        strategy_of(cfg={"eot_tokens": ["not one"]})
+    with pytest.raises(TokenizerError, match="EOT token 'im_end' is encoded as multiple tokens"):
+        strategy_of(cfg={"eot_tokens": ["im_end"]})
     with pytest.raises(ConfigError, match="Conflict between train_on_eos and train_on_eot"):
         strategy_of(cfg={"eot_tokens": ["</s>"]}, train_on_eos="turn", train_on_eot="all")
     with pytest.raises(ConfigError, match="train_on_eos: sometimes"):
@@ -353,6 +363,58 @@ def test_a_tokenizer_without_template():
         AxolotlError, match="chat_template choice is tokenizer_default but tokenizer's chat_template is null"
     ):
         load(TOKENIZER, DictDefault(sequence_len=8), DictDefault())
+
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+WITH_TOOLS = (
+    "{{ tools | length }} tools {% for m in messages %}[{{ m.role }}]{{ m.plan }}{{ m.content }}</s>{% endfor %}"
+)
+
+
+def several_templates():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": WITH_TOOLS, "rag": "rag {{ messages[1].content }}"}
+    return tokenizer
+
+
+@pytest.mark.parametrize("choice", ["tokenizer_default", "tokenizer_default_fallback_chatml"])
+def test_rows_with_tools_take_the_template_for_them_as_transformers_does(choice, caplog):
+    tokenizer = several_templates()
+    strategy = strategy_of(choice, tokenizer=tokenizer)
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "plan": "P"}]
+    for tools, pieces in ((None, ["A<|im_end|>"]), ([], ["A<|im_end|>"]), (TOOLS, ["PA</s>"])):
+        row = strategy.tokenize_prompt({"messages": turns, "tools": tools})
+        expected = tokenizer.apply_chat_template(turns, tools=tools or None, return_dict=False)
+        assert row["input_ids"] == expected
+        assert learnt(row, tokenizer) == pieces
+        assert strategy.prompter.build_prompt(turns, tools=tools or None) == expected
+    assert strategy.eot_tokens == ["</s>", "<|im_end|>"]
+    assert "tools" not in caplog.text
+
+
+def test_one_of_several_templates_is_chosen_by_its_name():
+    tokenizer = several_templates()
+    for name, text in (
+        ("rag", "rag A"),
+        ("default", "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\nA<|im_end|>"),
+    ):
+        strategy = strategy_of(f"tokenizer_default:{name}", tokenizer=tokenizer, cfg={"eot_tokens": ["</s>"]})
+        for tools in (None, TOOLS):
+            row = strategy.tokenize_prompt({"messages": chat("Q", "A"), "tools": tools})
+            assert tokenizer.decode(row["input_ids"]) == text
+
+
+def test_a_name_that_the_tokenizer_does_not_have():
+    with pytest.raises(
+        TokenizerError, match=r"no chat template of the name `tools`. Its templates are default, rag, tool_use"
+    ):
+        strategy_of("tokenizer_default:tools", tokenizer=several_templates())
+    with pytest.raises(TokenizerError, match="It has none"):
+        strategy_of("tokenizer_default:rag")
+    tokenizer = several_templates()
+    del tokenizer.chat_template["default"]
+    with pytest.raises(TokenizerError, match=r"none is named `default`.*`chat_template: tokenizer_default:rag`"):
+        strategy_of("tokenizer_default", tokenizer=tokenizer)
 
 
 def test_the_strategy_travels_to_other_processes():

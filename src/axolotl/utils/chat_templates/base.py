@@ -21,12 +21,20 @@ LOG = get_logger(__name__)
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 TOKENIZER_DEFAULT = "tokenizer_default"
+NAMED_PREFIX = "tokenizer_default:"
 FALLBACK_PREFIX = "tokenizer_default_fallback_"
+TOOL_USE = "tool_use"
+"""What tokenizers with several templates call the one for conversations with tools."""
 
 _CHAT_TEMPLATES: dict[str, str] = {
     path.stem: path.read_text(encoding="utf-8") for path in sorted(TEMPLATES_DIR.glob("*.jinja"))
 }
 """Name -> text of every template that ships, and of those registered by plugins."""
+
+# The larger models of Gemma 4 differ in the header of the next answer alone.
+_CHAT_TEMPLATES["gemma4_unified"] = (
+    "{%- set empty_thought = empty_thought | default(true) -%}" + _CHAT_TEMPLATES["gemma4"]
+)
 
 
 def chat_template_names() -> list[str]:
@@ -49,13 +57,16 @@ def get_chat_template(
     user_choice: str,
     jinja_template: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    with_tools: bool = False,
 ) -> str:
     """The text of the chat template that the user chose.
 
     Args:
-        user_choice: a name, `jinja`, `tokenizer_default` or `tokenizer_default_fallback_<name>`.
+        user_choice: a name, `jinja`, `tokenizer_default`, `tokenizer_default:<name>` for one of several that the tokenizer has,
+            or `tokenizer_default_fallback_<name>`.
         jinja_template: for `jinja`, the template itself or the path of a file that holds it.
         tokenizer: for the `tokenizer_default` forms.
+        with_tools: for conversations with tools; of several templates of the tokenizer these take `tool_use`.
 
     Raises:
         ValueError: there is no such template.
@@ -75,15 +86,18 @@ def get_chat_template(
                 "`chat_template choice is tokenizer_default but tokenizer's chat_template is null. "
                 "Please add a chat_template in tokenizer config`, or choose one by name, such as `chat_template: chatml`."
             )
-        return _tokenizer_template(tokenizer)
+        return _tokenizer_template(tokenizer, with_tools)
+
+    if user_choice.startswith(NAMED_PREFIX):
+        return _template_of_name(tokenizer, user_choice)
 
     if user_choice.startswith(FALLBACK_PREFIX):
         if tokenizer is None:
             raise ConfigError(f"`chat_template: {user_choice}` needs a tokenizer, and none was given.")
         if tokenizer.chat_template:
-            return _tokenizer_template(tokenizer)
+            return _tokenizer_template(tokenizer, with_tools)
         name = user_choice.removeprefix(FALLBACK_PREFIX)
-        LOG.warning(f"No chat template found on tokenizer, falling back to {name}")
+        LOG.warning_once(f"No chat template found on tokenizer, falling back to {name}")
         return _named(name, user_choice)
 
     return _named(user_choice, user_choice)
@@ -117,10 +131,11 @@ def get_chat_template_from_config(
     cfg,
     ds_cfg: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    with_tools: bool = False,
 ) -> str:
-    """The text of the chat template that applies to a dataset, or to the whole run."""
+    """The text of the chat template that applies to a dataset, or to the whole run; with tools it may be another one."""
     choice, jinja_template = extract_chat_template_args(cfg=cfg, ds_cfg=ds_cfg)
-    template = get_chat_template(user_choice=choice, jinja_template=jinja_template, tokenizer=tokenizer)
+    template = get_chat_template(choice, jinja_template, tokenizer, with_tools)
     try:
         _compile_jinja_template(template)
     except jinja2.TemplateSyntaxError as error:
@@ -129,16 +144,34 @@ def get_chat_template_from_config(
     return template
 
 
-def _tokenizer_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise TokenizerError(
-                f"The tokenizer has several chat templates ({', '.join(sorted(template))}) and none is named `default`. "
-                "Write one of them with `chat_template: jinja` and `chat_template_jinja`."
-            )
-        return template["default"]
-    return template
+def _tokenizer_template(tokenizer: PreTrainedTokenizerBase, with_tools: bool) -> str:
+    """The only template of the tokenizer; of several the one that transformers would take too."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return templates
+    if with_tools and TOOL_USE in templates:
+        return templates[TOOL_USE]
+    if "default" in templates:
+        return templates["default"]
+    raise TokenizerError(
+        f"The tokenizer has several chat templates ({', '.join(sorted(templates))}) and none is named `default`. "
+        f"Choose one by its name, such as `chat_template: {NAMED_PREFIX}{min(templates)}`."
+    )
+
+
+def _template_of_name(tokenizer: PreTrainedTokenizerBase | None, user_choice: str) -> str:
+    templates = tokenizer.chat_template if tokenizer is not None else None
+    named = templates if isinstance(templates, dict) else {}
+    name = user_choice.removeprefix(NAMED_PREFIX)
+    if name in named:
+        return named[name]
+    has = "It has one template" if templates else "It has none"
+    if named:
+        has = f"Its templates are {', '.join(sorted(named))}"
+    raise TokenizerError(
+        f"`chat_template: {user_choice}`: the tokenizer has no chat template of the name `{name}`. {has}. Write "
+        f"`{NAMED_PREFIX}<one of its names>` or `{TOKENIZER_DEFAULT}`."
+    )
 
 
 def _named(name: str, user_choice: str) -> str:

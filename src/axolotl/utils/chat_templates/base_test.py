@@ -14,6 +14,7 @@ from axolotl.utils.chat_templates import (
 )
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.enums import ChatTemplate
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 RENDERED = {
@@ -36,6 +37,11 @@ RENDERED = {
 }
 
 
+# Nemotron thinks unless it is told not to, and writes an answer without reasoning in another way. The larger models of
+# Gemma 4 answer after an empty thought, which is not written into the answers of a conversation.
+AS_IN_HISTORY = {"nemotron_h": {"enable_thinking": False}, "gemma4_unified": {"empty_thought": False}}
+
+
 @pytest.mark.parametrize("name", sorted(RENDERED))
 def test_what_a_template_writes(name, tiny_tokenizer):
     template = get_chat_template(name)
@@ -46,10 +52,8 @@ def test_what_a_template_writes(name, tiny_tokenizer):
 def test_the_prompt_of_inference_begins_the_conversation(name, tiny_tokenizer):
     template = get_chat_template(name)
     whole = tiny_tokenizer.apply_chat_template(TURNS, chat_template=template, tokenize=False)
-    # Nemotron thinks unless it is told not to, and writes an answer without reasoning in another way.
-    options = {"enable_thinking": False} if name == "nemotron_h" else {}
     prompt = tiny_tokenizer.apply_chat_template(
-        TURNS[:1], chat_template=template, tokenize=False, add_generation_prompt=True, **options
+        TURNS[:1], chat_template=template, tokenize=False, add_generation_prompt=True, **AS_IN_HISTORY.get(name, {})
     )
     assert whole.startswith(prompt) and "Yo" in whole[len(prompt) :]
 
@@ -86,6 +90,10 @@ def test_jinja_as_text_or_file(tmp_path):
 def test_an_unknown_name_names_near_ones():
     with pytest.raises(ValueError, match=r"Template 'chatlm' not found.*`chatml`"):
         get_chat_template("chatlm")
+
+
+def test_every_documented_name_has_a_template():
+    assert set(ChatTemplate) == {*chat_template_names(), "jinja", "tokenizer_default"}
 
 
 def test_register():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Render
@@ -17,8 +18,26 @@ END_TOKEN_REACH = 3
 """An end token at most this many tokens after a turn belongs to it."""
 
 
-def end_tokens_of(tokenizer: PreTrainedTokenizerBase, render: Render, cfg: DictDefault) -> list[str] | None:
-    """EOS, and the token that the template writes after an assistant turn where that is another one."""
+def end_tokens_of(tokenizer: PreTrainedTokenizerBase, renders: Iterable[Render], cfg: DictDefault) -> list[str] | None:
+    """EOS, and the tokens that templates write after an assistant turn where those are others; None when none is.
+
+    Args:
+        tokenizer: the tokenizer that reads what is rendered.
+        renders: one for each template.
+        cfg: where the choice is noted.
+    """
+    found = dict.fromkeys(token for render in renders if (token := _token_after_answer(tokenizer, render)))
+    others = [token for token in found if token != tokenizer.eos_token]
+    if not others:
+        return None
+    tokens = [*([tokenizer.eos_token] if tokenizer.eos_token else []), *others]
+    written = " or ".join(others)
+    note_choice(cfg, "eot_tokens", tokens, f"the chat template ends assistant turns with {written}, not only with EOS")
+    return tokens
+
+
+def _token_after_answer(tokenizer: PreTrainedTokenizerBase, render: Render) -> str | None:
+    """The first control token that a template writes after an assistant turn."""
     mark = "zzanswerzz"
     try:
         text = render([{"role": "user", "content": "zzquestionzz"}, {"role": "assistant", "content": mark}])
@@ -39,9 +58,4 @@ def end_tokens_of(tokenizer: PreTrainedTokenizerBase, render: Render, cfg: DictD
             f"After the answer it writes {tail!r}. If that is an end-of-turn token, add it under `tokens:`."
         )
         return None
-    if written == tokenizer.eos_token_id:
-        return None
-    token = tokenizer.convert_ids_to_tokens(written)
-    tokens = [*([tokenizer.eos_token] if tokenizer.eos_token else []), token]
-    note_choice(cfg, "eot_tokens", tokens, f"the chat template ends assistant turns with {token}, not only with EOS")
-    return tokens
+    return str(tokenizer.convert_ids_to_tokens(written))

@@ -83,7 +83,7 @@ class TurnLabels:
                 missing += [NotLearnt(index, "text")] if learnt[index] else []
                 continue
             parts = self.spans.parts(text, plain, tools, index, span)
-            ranges = [tokens.within(part, self.control_ids) for part in parts]
+            ranges = [tokens.within(part, self.control_ids, text) for part in parts]
             if learnt[index]:
                 detailed = self._detailed_ranges(turns[index], text, tokens, span)
                 for first, last in ranges if detailed is None else detailed:
@@ -99,7 +99,7 @@ class TurnLabels:
                 if option == "all" or (option == "turn" and learnt[index]):
                     labels[place] = ids[place]
             if learnt[index] and not found and self.ends.any_is("all", "turn"):
-                _, end = tokens.within(span, self.control_ids)
+                _, end = tokens.within(span, self.control_ids, text)
                 missing += [NotLearnt(index, "end")] if ids[end - 1] not in self.control_ids else []
         for kind, (_, option) in enumerate(self.ends.kinds()):
             if option == "last" and kind in last_ends:
@@ -153,7 +153,7 @@ class TurnLabels:
                 first = max(offset + detail["begin_offset"], place)
                 last = min(offset + detail["end_offset"] + 1, begin)
                 if detail["train"] and first < last:
-                    ranges.append(tokens.within((first, last), self.control_ids))
+                    ranges.append(tokens.within((first, last), self.control_ids, text))
         return ranges
 
 

@@ -47,11 +47,13 @@ _PART_TRAIN_KEYS = ("train", "weight")
 
 
 @functools.lru_cache(maxsize=64)
-def names_read_by(template: str) -> frozenset[str]:
-    """Every name that a template reads as an attribute, as a key, or asks for with `in`."""
-    tree = _compile_jinja_template(template).environment.parse(template)
-    names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    names |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+def names_read_by(*templates: str) -> frozenset[str]:
+    """Every name that one of the templates reads as an attribute, as a key, or asks for with `in`."""
+    names: set[str] = set()
+    for template in set(templates):
+        tree = _compile_jinja_template(template).environment.parse(template)
+        names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+        names |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
     return frozenset(names)
 
 
@@ -132,7 +134,7 @@ def read_turn(
     for key in template_names:
         if key not in turn and key not in mapped and key not in LABEL_KEYS and message.get(key) is not None:
             turn[key] = message[key]
-    turn = {key: remove_none_values(value) for key, value in turn.items()}
+    turn = {key: value if isinstance(value, str) else remove_none_values(value) for key, value in turn.items()}
     if turn.get("tool_calls"):
         turn["tool_calls"] = [_decoded_call(call) for call in turn["tool_calls"]]
     return turn
@@ -189,8 +191,11 @@ def split_thinking(turn: Turn, thinking_key: str) -> None:
 
 
 def for_template(turns: Iterable[Turn]) -> list[Turn]:
-    """The turns without the keys that are for the labels only."""
-    return [{key: value for key, value in turn.items() if key not in LABEL_KEYS} for turn in turns]
+    """The turns without the keys that are for the labels only. Most have none of them and stay what they are."""
+    return [
+        turn if LABEL_KEYS.isdisjoint(turn) else {key: value for key, value in turn.items() if key not in LABEL_KEYS}
+        for turn in turns
+    ]
 
 
 def _decoded_call(call: Any) -> Any:

@@ -73,16 +73,16 @@ class Tokens(NamedTuple):
     starts: Sequence[int]
     ends: Sequence[int]
 
-    def within(self, span: Span, control_ids: frozenset[int]) -> tuple[int, int]:
+    def within(self, span: Span, control_ids: frozenset[int], text: str) -> tuple[int, int]:
         """The tokens that reach into the characters of `span`, as a half-open range.
 
         A control token that swallows the white space beside it (`rstrip`, `lstrip`) is no part of the turn.
         """
         first, last = bisect_right(self.ends, span[0]), bisect_left(self.starts, span[1])
         if first < last and self.starts[first] < span[0] and self.ids[first] in control_ids:
-            first += 1
+            first += not text[span[0] : self.ends[first]].strip()
         if first < last and self.ends[last - 1] > span[1] and self.ids[last - 1] in control_ids:
-            last -= 1
+            last -= not text[self.starts[last - 1] : span[1]].strip()
         return first, last
 
 
@@ -137,9 +137,11 @@ class TurnSpans:
         answers = [answer for answer in found if answer and span[0] <= answer[0] and answer[1] <= span[1]]
         if not answers:
             return [span]
-        without = self._try_render([*turns[: index + 1], *turns[after:]], tools) or ""
-        begin = min(common_prefix(text, without), answers[0][0])
         own = str(turns[index].get("content") or "").strip()
+        marker = _unused_marker(text)
+        turn = {**turns[index], "content": marker} if own else turns[index]
+        without = self._try_render([*turns[:index], turn, *turns[after:]], tools) or ""
+        begin = min(common_prefix(text, without.partition(marker)[0]), answers[0][0])
         end = span[1] - len(own) if text.endswith(own, answers[-1][1], span[1]) else span[1]
         return [part for part in ((span[0], begin), (end, span[1])) if part[0] < part[1]]
 
@@ -192,9 +194,7 @@ class TurnSpans:
 
     def _one(self, text: str, turns: Sequence[Turn], tools: list | None, index: int) -> Span | None:
         """The span of one turn, from renders in which only that turn is replaced."""
-        marker = _MARKER.format("x")
-        while marker in text:
-            marker += "z"
+        marker = _unused_marker(text)
         role = turns[index].get("role")
         # An answer keeps the name of its tool. Other turns lose their reasoning and calls, which belong to the span.
         dummy = {**turns[index], "content": marker} if role == "tool" else {"role": role, "content": marker}
@@ -231,7 +231,7 @@ class TurnSpans:
         before, after = whole.split(marker)
         start = common_prefix(text, before)
         end = len(text) - _common_suffix(text[start:], after)
-        own = str(turns[index].get("content") or "")
+        own = str(turns[index].get("content") or "") + json.dumps(turns[index].get("tool_calls"), ensure_ascii=False)
         for beside in (index - 1, index + 1):
             other = str(turns[beside].get("content") or "").strip() if 0 <= beside < len(turns) else ""
             if other and other in text[start:end] and other not in own:
@@ -258,6 +258,13 @@ class TurnSpans:
             return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt)
         except RENDER_ERRORS:
             return None
+
+
+def _unused_marker(text: str) -> str:
+    marker = _MARKER.format("x")
+    while marker in text:
+        marker += "z"
+    return marker
 
 
 def _span(start: int, end: int) -> Span | None:

@@ -26,8 +26,11 @@ class TokensConfig(Words):
         "Give untrained embeddings (all zero) of tokens that occur in the data the mean of the others; or those of these ids."
     )
     chat_template: Annotated[
-        ChatTemplate | Annotated[str, StringConstraints(pattern="^tokenizer_default_fallback_")] | None, IGNORE_CASE
-    ] = key("Chat template: a name, `tokenizer_default`, `tokenizer_default_fallback_<name>` or `jinja`.")
+        ChatTemplate | Annotated[str, StringConstraints(pattern="^tokenizer_default(_fallback_|:)")] | None, IGNORE_CASE
+    ] = key(
+        "Chat template: a name, `tokenizer_default`, `tokenizer_default:<name>` for one of several that the tokenizer has, "
+        "`tokenizer_default_fallback_<name>` or `jinja`."
+    )
     chat_template_jinja: str | None = key("Jinja text of the chat template, or the path of a file with it.")
     chat_template_kwargs: dict[str, Any] | None = key("Arguments for the chat template.")
     eot_tokens: list[str] | None = key("Tokens that end a turn. Default: the tokenizer's `eos_token`.")
