@@ -14,22 +14,18 @@ save. Needs disk space for two checkpoints in `--folder` and host memory for one
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import platform
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import DEVICE, HERE, SHAPES, device_slug, record_head, synchronize
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
@@ -37,17 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.mixins import checkpoints
 from axolotl.core.training_args import AxolotlTrainingArguments
-
-HERE = Path(__file__).resolve().parent
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 8192},
-}  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Clock(TrainerCallback):
@@ -64,11 +49,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
         self.steps.append(time.perf_counter() - self._began)
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_model(shape: str, lora: bool) -> torch.nn.Module:
@@ -161,14 +141,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
     result = {
-        "command": " ".join(["python", "benchmarks/checkpoint_stall.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.strip(),
-        "device": name,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        **record_head(),
         "shape": args.shape,
         "trained": "adapter" if args.lora else "all weights",
         "waiting": measure(args, in_background=False),
@@ -176,9 +150,8 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     args.out.mkdir(parents=True, exist_ok=True)
-    short = name.lower().replace("nvidia ", "").split()[0].replace("/", "-")
     kind = "lora" if args.lora else "full"
-    (args.out / f"{short}-checkpoint-{args.shape}-{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / f"{device_slug()}-checkpoint-{args.shape}-{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/gsm8k_llama.py --data gsm8k/train.jsonl --tokenizer phi-3-mini --shape 1b --steps 200
     python benchmarks/gsm8k_llama.py ... --shape 8b --sequence-len 8192 --micro-batch-size 1 --accumulation 4 --steps 12 --train-only
 
-The weights are random: what is shown is that losses fall, that merging and evaluating work, and how fast it runs. Writes
+The weights are random: what is shown is that losses fall, that merging and evaluating work, and how fast it runs (attention is not in
+its FLOP). Workloads to compare with other frameworks are rows of `row.py`. Writes
 `benchmarks/results/<device>-gsm8k-<shape>.json`.
 """
 
@@ -11,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,18 +21,10 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from common import DATASHEET_TFLOPS, HERE, SHAPES, device_slug, flop_per_token, matmul_tflops, record_head, save_base
+from transformers import AutoTokenizer, LlamaConfig
 
-HERE = Path(__file__).resolve().parent
-
-SHAPES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "vocab_size": 128256, "tie_word_embeddings": False},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
 LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
 RUNS = {
     "full": {"learning_rate": 3e-4},
@@ -47,8 +37,11 @@ RUNS = {
 
 
 def make_base(folder: Path, tokenizer_path: str, shape: str, length: int) -> LlamaConfig:
+    """A model of the shape; all but the largest have no more rows in their embeddings than the tokenizer fills."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    values = {"vocab_size": -(-len(tokenizer) // 64) * 64, "tie_word_embeddings": True, **SHAPES[shape]}
+    values = dict(SHAPES[shape])
+    if shape != "8b":
+        values |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "tie_word_embeddings": True}
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         max_position_embeddings=length,
@@ -56,10 +49,7 @@ def make_base(folder: Path, tokenizer_path: str, shape: str, length: int) -> Lla
         eos_token_id=tokenizer.eos_token_id,
         **values,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_base(folder, config, tokenizer, torch.bfloat16)
     return config
 
 
@@ -108,37 +98,12 @@ def axolotl(*arguments: str) -> float:
     return time.perf_counter() - started
 
 
-def matmul_tflops(size: int = 8192, repeats: int = 20) -> float | None:
-    """Rate of a bf16 matrix product of random data, in TFLOP/s; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return 2 * size**3 / statistics.median(times[3:]) / 1e12
-
-
-def flop_per_token(config: LlamaConfig, lora: bool) -> float:
-    """6N (full) or 4N (LoRA) for the matmul parameters N including the head, without attention."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    n = config.num_hidden_layers * (attention + mlp) + config.hidden_size * config.vocab_size
-    return (4 if lora else 6) * n
-
-
 def history(output_dir: Path) -> list[dict]:
     state = json.loads((output_dir / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespace, matmul: float | None) -> dict:
+def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespace, matmul: float) -> dict:
     config = str(make_config(folder, name, args))
     seconds = {"train": axolotl("train", config)}
     summary = None
@@ -160,9 +125,15 @@ def measure(folder: Path, name: str, model: LlamaConfig, args: argparse.Namespac
         "evaluation": summary,
         "wall_seconds": seconds,
     }
-    if rates and matmul:
-        tflops = result["tokens_per_second"] * flop_per_token(model, "adapter" in RUNS[name]) / 1e12
-        result |= {"tflops": tflops, "share_of_989": tflops / 989, "share_of_matmul": tflops / matmul}
+    if rates:
+        flop = flop_per_token(
+            model,
+            adapter="adapter" in RUNS[name],
+            length=0,
+            checkpointing=bool(RUNS[name].get("gradient_checkpointing")),
+        )
+        tflops = result["tokens_per_second"] * flop / 1e12
+        result |= {"tflops": tflops, "share_of_989": tflops / DATASHEET_TFLOPS, "share_of_matmul": tflops / matmul}
     return result
 
 
@@ -184,23 +155,15 @@ def main() -> None:
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
     model = make_base(args.work / "base", args.tokenizer, args.shape, max(8192, args.sequence_len))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}"
     matmul = matmul_tflops()
     record = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": "python " + " ".join(["benchmarks/gsm8k_llama.py", *sys.argv[1:]]),
+        **record_head(),
         "shape": args.shape,
         "matmul_tflops": matmul,
         "runs": {name: measure(args.work, name, model, args, matmul) for name in args.runs},
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{device.lower().replace(' ', '-')}-gsm8k-{args.shape}.json"
+    path = args.results / f"{device_slug()}-gsm8k-{args.shape}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(
         json.dumps(

@@ -9,28 +9,32 @@ Random weights of the real shapes are made on the GPU, full-length random tokens
 32, all linear layers, bf16 autocast over fp32 adapters, fused AdamW. Each variant starts from the same adapter and reads the
 same tokens, so that its losses can be compared with those of `plain`. Writes `benchmarks/results/<device>-<adapter>-<shape>.json`.
 
-FLOP per token: 4N + attention (no weight gradients of the frozen base; 6N when all weights are trained), with checkpointing 2N + a third of attention more;
-N counts the weights of all matmuls with the output head, attention = 6 * layers * heads * head size * length.
+`row.py` measures what a YAML gives; this loop takes it apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from common import (
+    DATASHEET_TFLOPS,
+    DEVICE,
+    HERE,
+    SHAPES,
+    device_slug,
+    flop_per_token,
+    matmul_tflops,
+    record_head,
+    synchronize,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,15 +49,6 @@ from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, remove_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
-HERE = Path(__file__).resolve().parent
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
-    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 500000.0},
-}  # fmt: skip
 # In fp8 an adapter's base is frozen; all weights (`--adapter full`) train by one of the recipes, tensorwise if none is named.
 FULL_FP8 = {f"compile+fp8{'' if recipe == 'tensorwise' else '-' + recipe}": recipe for recipe in RECIPES}
 VARIANTS = {
@@ -62,13 +57,6 @@ VARIANTS = {
     "full": ("plain", "compile", *FULL_FP8),
 }
 KERNELS = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
-DATASHEET_TFLOPS = 989.0
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def quantize_linears(model: nn.Module) -> None:
@@ -111,33 +99,6 @@ def build_model(shape: str, adapter: str, attention: str) -> nn.Module:
 
 def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def flop_per_token(model: nn.Module, length: int, checkpointing: bool) -> float:
-    config = base_of(model).config
-    head_size = config.hidden_size // config.num_attention_heads
-    per_layer = config.hidden_size * (
-        2 * config.hidden_size + 2 * config.num_key_value_heads * head_size + 3 * config.intermediate_size
-    )
-    weights = config.num_hidden_layers * per_layer + config.vocab_size * config.hidden_size
-    attention = 6 * config.num_hidden_layers * config.hidden_size * length
-    passes = 4 if isinstance(model, PeftModel) else 6
-    return (passes + 2) * weights + attention * 4 / 3 if checkpointing else passes * weights + attention
-
-
-def matmul_tflops(size: int = 8192, repeats: int = 30) -> float:
-    """What bf16 matmuls reach on this device, just now."""
-    if DEVICE == "cpu":
-        size, repeats = 512, 2
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize()
-    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -233,13 +194,15 @@ def run_variant(
         base.gradient_checkpointing_disable()
         remove_activation_policies(base)
     step = statistics.median(seconds[args.warmup :])
+    adapter = isinstance(model, PeftModel)
+    flop = flop_per_token(base.config, adapter=adapter, length=args.sequence_len, checkpointing=checkpointing)
     tokens = args.accumulation * args.micro_batch_size * args.sequence_len
     return gradients, {
         "variant": variant,
         "gradient_checkpointing": checkpointing,
         "tokens_per_second": round(tokens / step, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE == "cuda" else None,
-        "tflops": round(tokens / step * flop_per_token(model, args.sequence_len, checkpointing) / 1e12, 1),
+        "tflops": round(tokens / step * flop / 1e12, 1),
         "first_step_seconds": round(seconds[0], 2),
         "step_seconds": [round(value, 4) for value in seconds],
         "losses": losses,
@@ -270,7 +233,6 @@ def main() -> None:
             f"--adapter {args.adapter} has no {', '.join(wrong)}; choose from {', '.join(VARIANTS[args.adapter])}"
         )
 
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     model = build_model(args.shape, args.adapter, args.attention)
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     matmul = matmul_tflops()
@@ -306,21 +268,13 @@ def main() -> None:
                 f"(differs by {row['loss_difference']:.2e}, gradients by {row['gradient_difference']:.2e})",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.strip(),
-        "device": name,
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        },
+        **record_head(),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "matmul_tflops": round(matmul, 1),
         "rows": rows,
     }
-    out = args.out or HERE / "results" / f"{name.replace(' ', '-').lower()}-{args.adapter}-{args.shape}.json"
+    out = args.out or HERE / "results" / f"{device_slug()}-{args.adapter}-{args.shape}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(out)

@@ -1,0 +1,70 @@
+"""What TRL and unsloth have in common: the rows and settings of a benchmark's YAML for TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from step_clock import StepClock
+from torch.utils.data import SequentialSampler
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+
+def read_config() -> dict[str, Any]:
+    """The YAML named on the command line."""
+    return yaml.safe_load(Path(sys.argv[1]).read_text())
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def read_rows(cfg: dict[str, Any]) -> Dataset:
+    """Tokenized rows. Older releases of TRL read `completion_mask` in place of `labels`."""
+    rows = load_dataset("json", data_files=cfg["datasets"][0]["path"], split="train")
+    return rows.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+
+
+class InOrder(SFTTrainer):
+    """Reads rows in the order of the file."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def train(model: Any, cfg: dict[str, Any], *, peft_config: Any = None, **settings: Any) -> None:
+    """Train `model` on the rows. `settings` are further ones of `SFTConfig`."""
+    has_gpu = torch.cuda.is_available()
+    args = SFTConfig(
+        output_dir=cfg["output_dir"],
+        max_length=cfg["sequence_len"],
+        packing=bool(cfg.get("sample_packing")),
+        per_device_train_batch_size=cfg["micro_batch_size"],
+        gradient_accumulation_steps=cfg["gradient_accumulation_steps"],
+        max_steps=cfg["max_steps"],
+        learning_rate=cfg["learning_rate"],
+        lr_scheduler_type=cfg["lr_scheduler"],
+        weight_decay=cfg["weight_decay"],
+        optim=cfg["optimizer"],
+        bf16=has_gpu,
+        use_cpu=not has_gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=cfg["seed"],
+        **settings,
+    )
+    InOrder(
+        model=model,
+        args=args,
+        train_dataset=read_rows(cfg),
+        processing_class=AutoTokenizer.from_pretrained(cfg["base_model"]),
+        peft_config=peft_config,
+        callbacks=[StepClock()],
+    ).train()

@@ -1,0 +1,202 @@
+"""`benchmarks/row.py`: its workloads load, its clock and search for the longest row count right, and TRL trains the same rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from axolotl.cli.config import inspect_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.monkeypatch.compile_layers import runs_compiled
+from axolotl.utils.gpus import capabilities_of
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+NAMES = (
+    "lora-8b", "lora-8b-fp8", "lora-8b-checkpointing", "qlora-8b", "qlora-8b-checkpointing", "lora-8b-packed", "lora-1b",
+    "lora-1b-packed", "full-1b", "full-8b", "longest-row",
+)  # fmt: skip
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of `benchmarks` as its scripts do. The plugins of this process stay as they were."""
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def write_yaml(load: Any, folder: Path, name: str) -> Path:
+    """The YAML of a row over the shape of its model, without weights."""
+    row = load("rows").ROWS[name]
+    shape = load("common").SHAPES[row.shape]
+    LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=8192, **shape).save_pretrained(
+        folder / "base"
+    )
+    row = dataclasses.replace(row, sequence_len=row.lengths[0]) if row.lengths else row
+    load("workload").write_config(folder / "product.yml", row, folder / "base", folder / "rows.jsonl")
+    return folder / "product.yml"
+
+
+def test_every_row_of_the_table_is_there(load):
+    assert tuple(load("rows").ROWS) == NAMES
+    assert [line.split()[0] for line in load("rows").described()][1:] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_is_a_config_that_runs_compiled_on_a_gpu_with_the_memory_knobs_it_names(load, tmp_path, name):
+    cfg = inspect_cfg(write_yaml(load, tmp_path, name), machine=capabilities_of("h200"))
+    config = LlamaConfig.from_pretrained(tmp_path / "base")
+    assert runs_compiled(cfg, config, has_gpu=True) or name == "full-8b"
+    assert cfg.optimizer == ("adamw_bnb_8bit" if name == "full-8b" else "adamw_torch_fused")
+    assert bool(cfg.gradient_checkpointing) == (name in ("full-8b", "longest-row") or name.endswith("-checkpointing"))
+    assert bool(cfg.sample_packing) == (name == "longest-row" or name.endswith("-packed"))
+    assert (cfg.adapter or "full") == {"longest": "lora"}.get(name.split("-")[0], name.split("-")[0])
+
+
+@pytest.mark.parametrize("name", ["lora-8b", "lora-8b-fp8", "full-1b", "lora-8b-packed"])
+def test_the_yaml_for_the_existing_implementation_has_its_fast_kernels_and_known_keys(load, tmp_path, name):
+    cfg = load("run_axolotl").translated(yaml.safe_load(write_yaml(load, tmp_path, name).read_text()))
+    (tmp_path / "translated.yml").write_text(yaml.safe_dump(cfg))
+    read = inspect_cfg(tmp_path / "translated.yml", machine=capabilities_of("h200"))
+    assert read.liger_fused_linear_cross_entropy
+    assert read.fp8 is None
+    assert bool(read.lora_mlp_kernel) == (name != "full-1b")
+
+
+def test_documents_packed_for_llamafactory_are_all_there_and_begin_again(load):
+    pack = load("run_llamafactory").pack
+    documents = [{"input_ids": [n] * n, "labels": [-100] + [n] * (n - 1)} for n in (5, 3, 8, 2, 7, 4, 4, 1)]
+    rows = list(pack(documents, 8))
+    assert len(rows) == 5  # 34 tokens
+    assert all(len(row["input_ids"]) <= 8 for row in rows)
+    assert sorted(n for row in rows for n in row["input_ids"]) == sorted(
+        n for one in documents for n in one["input_ids"]
+    )
+    for row in rows:
+        begins = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+        assert [row["attention_mask"][place] for place in begins] == list(range(1, len(begins) + 1))
+        assert all(row["labels"][place] == -100 for place in begins)
+
+
+def test_full_rows_are_cut_from_a_stream_and_packed_documents_keep_their_lengths(load, tmp_path):
+    workload, row = load("workload"), dataclasses.replace(load("rows").ROWS["lora-1b"], sequence_len=8, steps=1)
+    documents = iter([(list(range(10 * n, 10 * n + 6)), 2) for n in range(100)])
+    assert workload.write_rows(tmp_path / "full.jsonl", row, documents) == 8
+    full = [json.loads(line) for line in (tmp_path / "full.jsonl").read_text().splitlines()]
+    assert [one["input_ids"] for one in full[:2]] == [[0, 1, 2, 3, 4, 5, 10, 11], [12, 13, 14, 15, 20, 21, 22, 23]]
+    assert len(full) == row.micro_batch_size * row.accumulation
+    assert full[0]["labels"] == full[0]["input_ids"]
+    packed = dataclasses.replace(row, packed=True)
+    lengths = iter([([5] * 2, 1), ([6] * 6, 2)] * 20)
+    assert workload.write_rows(tmp_path / "packed.jsonl", packed, lengths) == pytest.approx((4 + 36) / 8, abs=0.1)
+    first = json.loads((tmp_path / "packed.jsonl").read_text().splitlines()[1])
+    assert first["labels"] == [-100, -100, 6, 6, 6, 6]
+
+
+def test_a_peer_that_is_not_there_is_refused_before_anything_is_trained(load, tmp_path):
+    find_runner = load("runners").find_runner
+    with pytest.raises(SystemExit, match=r"no peer is called `trll`\. Write one of: plain, trl, unsloth"):
+        find_runner("trll", tmp_path)
+    if importlib.util.find_spec("llamafactory") is None:
+        with pytest.raises(SystemExit, match=r"cannot import `llamafactory`\. Install it there, or name the python"):
+            find_runner("llamafactory", tmp_path)
+    with pytest.raises(SystemExit, match="is the one that is measured"):
+        find_runner("axolotl", tmp_path)
+    with pytest.raises(SystemExit, match="there is no program /none/python"):
+        find_runner("trl=/none/python", tmp_path)
+
+
+def test_the_rate_is_the_median_of_steps_4_to_12_by_the_tokens_that_the_trainer_counted(load):
+    row, summarize = load("rows").ROWS["lora-8b-packed"], load("row").summarize
+    seconds = [50, 9, 9, *[2] * 5, *[4] * 4, *[100] * 3]
+    times = [1000 + sum(seconds[: n + 1]) for n in range(len(seconds))]
+    steps = [
+        {"time": time, "step": n + 1, "peak_gib": 1.0 + n, "logs": {"loss": 2.0, "tokens/total": 30000 * (n + 1)}}
+        for n, time in enumerate(times)
+    ]
+    run = {"began": 1000, "steps": steps, "versions": {}, "compile_cache": "cold"}
+    result = summarize(run, row, 1e9, 30.0)
+    assert result["tokens_per_second"] == 15000
+    assert result["first_step_after_start_seconds"] == 50
+    assert (result["peak_gib"], result["tokens_counted_by"]) == (15.0, "trainer")
+    assert (result["tflops"], result["of_measured_matmul"]) == (15.0, 0.5)
+    for step in steps:
+        del step["logs"]["tokens/total"]
+    result = summarize(run, row, 1e9, 30.0)
+    assert (result["tokens_per_second"], result["tokens_counted_by"]) == (4 * 8192 / 2, "full rows")
+
+
+FAKE = """
+import json, os, sys, yaml
+cfg = yaml.safe_load(open(sys.argv[1]))
+if cfg["sequence_len"] > 64:
+    sys.exit("Error: the device ran out of memory.")
+import time
+with open(os.environ["STEP_CLOCK"], "w") as file:
+    file.write(json.dumps({"time": time.time(), "versions": {}}) + chr(10))
+    for step in range(1, 7):
+        line = {"time": time.time() + step, "step": step, "peak_gib": cfg["sequence_len"], "logs": {"loss": 1.0}}
+        file.write(json.dumps(line) + chr(10))
+"""
+
+
+def test_the_longest_row_is_the_last_that_fits_and_starts_find_compiled_code(load, tmp_path):
+    row_module, rows = load("row"), load("rows")
+    (tmp_path / "fake.py").write_text(FAKE)
+    runner = row_module.Runner("fake", sys.executable, (str(tmp_path / "fake.py"),))
+    row = dataclasses.replace(rows.ROWS["longest-row"], lengths=(32, 64, 128, 256))
+    config = LlamaConfig(**load("common").SHAPES["tiny"])
+    bench = row_module.Bench(row, tmp_path, tmp_path / "base", config, 1.0)
+    result = bench.measure(runner, starts=2)
+    assert result["longest_row"] == 64
+    assert [(one["sequence_len"], one["fits"]) for one in result["tried"]] == [(32, True), (64, True), (128, False)]
+    assert result["tokens_per_second"] == pytest.approx(64, rel=0.01)
+    bench = dataclasses.replace(
+        bench, row=dataclasses.replace(row, lengths=(), sequence_len=32), folder=tmp_path / "one"
+    )
+    bench.folder.mkdir()
+    assert [start["compile_cache"] for start in bench.measure(runner, starts=2)["starts"]] == ["cold", "warm"]
+    bench = dataclasses.replace(bench, row=dataclasses.replace(row, lengths=(128,)))
+    with pytest.raises(row_module.RunError, match=r"fake ended with exit code 1 after 0 steps(.|\n)*out of memory"):
+        bench.measure(runner)
+
+
+@pytest.mark.slow
+def test_a_row_trains_from_yaml_and_trl_has_the_same_losses_on_the_same_rows(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "row.py"),
+        "lora-8b",
+        "--shape",
+        "tiny",
+        "--sequence-len",
+        "64",
+        "--steps",
+        "5",
+    ]
+    command += ["--compare", "trl", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert {"date", "command", "commit", "device", "versions", "workload", "targets", "matmul_tflops"} <= set(record)
+    assert str(tmp_path) not in record["command"]
+    product, trl = record["runs"]["product"], record["runs"]["trl"]
+    assert product["losses"] == pytest.approx(trl["losses"], rel=1e-5)
+    assert len(set(product["losses"])) == 5
+    assert product["tokens_per_step"] == trl["tokens_per_step"] == 8 * 64
+    assert product["tokens_counted_by"] == trl["tokens_counted_by"] == "trainer"
+    assert product["first_step_after_start_seconds"] > max(product["step_seconds"])
+    assert record["ratio"]["trl"]["tokens_per_second"] == pytest.approx(
+        product["tokens_per_second"] / trl["tokens_per_second"], abs=1e-3
+    )
