@@ -40,7 +40,7 @@ def test_completion_makes_more_rows(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([*ROWS, {"instruction": "I", "output": None}], r"Row 5 of `data\.jsonl`: `output` is null"),
+        ([*ROWS, {"instruction": None, "output": "O"}], r"Row 5 of `data\.jsonl`: `instruction` is null"),
         ([{"question": "I", "output": "x"}], r"Row 0 of `data\.jsonl` has no field `instruction`.*`question`"),
     ],
 )

@@ -12,6 +12,7 @@ import abc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
+from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase, TruncationStrategy
 from transformers.utils import PaddingStrategy
@@ -138,18 +139,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_lengt
 
     A tokenizer that calls the backend as transformers does is asked for ids without offsets, which take up to a third of the time.
     """
-    if _calls_backend_plainly(tokenizer):
-        tokenizer.set_truncation_and_padding(
-            padding_strategy=PaddingStrategy.DO_NOT_PAD,
-            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
-            max_length=max_length,
-            stride=0,
-            pad_to_multiple_of=None,
-            padding_side=None,
-        )
-        backend = tokenizer.backend_tokenizer
-        if backend.encode_special_tokens != tokenizer.split_special_tokens:
-            backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend = plain_backend(tokenizer, max_length)
+    if backend is not None:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
     encoded: Any = tokenizer(
         texts,
@@ -160,6 +151,31 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_lengt
         return_token_type_ids=False,
     )
     return encoded["input_ids"]
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Tokenizer | None:
+    """The backend of a tokenizer that only hands texts on to it, set up as for a call; None for one that does more.
+
+    Args:
+        tokenizer: any tokenizer.
+        max_length: where texts are truncated; nowhere when None.
+    """
+    if not _calls_backend_plainly(tokenizer):
+        return None
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE
+        if max_length is None
+        else TruncationStrategy.LONGEST_FIRST,
+        max_length=max_length,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    backend = tokenizer.backend_tokenizer
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def _calls_backend_plainly(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[TokenizersBackend]:
@@ -196,6 +212,18 @@ def check_text(row: dict[str, Any], *values: Any) -> None:
             )
 
 
+def learnt_text(row: dict[str, Any], value: Any) -> str:
+    """An answer or another text that is learnt. Null is an empty one: nothing is learnt from it, as from any empty text.
+
+    Raises:
+        DatasetError: it is neither text nor null.
+    """
+    if value is None:
+        return ""
+    check_text(row, value)
+    return value
+
+
 def join_rows(rows: Iterable[dict[str, Any]]) -> dict[str, list]:
     """A dict of lists from rows that have the same fields."""
     joined: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
@@ -222,8 +250,8 @@ class InstructionPromptTokenizingStrategy(PromptTokenizingStrategy):
     def _build_texts(self, prompt: dict[str, Any]) -> tuple[str, str]:
         """The text before the answer, and the answer."""
         instruction, input_text, response = self.parse_instruction_fields(prompt)
-        check_text(prompt, instruction, response)
-        return next(iter(self.prompter.build_prompt(instruction, input_text))), response
+        check_text(prompt, instruction)
+        return next(iter(self.prompter.build_prompt(instruction, input_text))), learnt_text(prompt, response)
 
     def tokenize_prompt(self, prompt: dict[str, Any]) -> Tokenized | TokenizedRows:
         """Tokenize a row, or many."""

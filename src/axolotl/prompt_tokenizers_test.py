@@ -80,7 +80,16 @@ def test_a_tokenizer_without_bos():
     assert tokenizer.bos_token_id not in tokenized["input_ids"]
 
 
-@pytest.mark.parametrize("value", [None, 3, ["a"]])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_null_answer_is_an_empty_one(rows):
+    def tokenize(value):
+        return alpaca().tokenize_prompt({"instruction": ["I"] * rows, "input": [None] * rows, "output": [value] * rows})
+
+    assert tokenize(None) == tokenize("")
+    assert set(tokenize(None)["labels"][0]) == {-100}
+
+
+@pytest.mark.parametrize("value", [3, ["a"]])
 def test_an_answer_that_is_no_text_is_refused_by_name(value):
     with pytest.raises(DatasetError, match=r"`output` is .* must be text"):
         alpaca().tokenize_prompt({"instruction": "I", "input": "", "output": value})

@@ -27,6 +27,7 @@ from axolotl.utils.data import remote
 from axolotl.utils.data.fingerprint import source_fingerprint
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
+from tests.integration.object_store import serving_s3
 
 ROWS = [{"instruction": f"ask {n}", "output": f"say {n}"} for n in range(20)]
 OTHER = [{"instruction": f"demand {n}", "output": f"tell {n}"} for n in range(3)]
@@ -394,6 +395,27 @@ def test_object_stores(bucket):
     check_store(bucket)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.zst"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_a_store_that_is_cut_short_between_two_rows(bucket, name, streaming):
+    """What is left of it is rows without fault: only the compression says that there were more."""
+    rows = [{"text": f"row {number}"} for number in range(500)]
+    whole = lines(rows) if "jsonl" in name else b"text\n" + b"".join(b"row %d\n" % number for number in range(500))
+    if name.endswith("zst"):
+        writer = pytest.importorskip("zstandard", reason="needs the package zstandard").ZstdCompressor().compressobj()
+        cut = writer.compress(whole) + writer.flush(1)
+        content = cut + writer.flush()
+    else:
+        content = gzip.compress(whole)
+        cut = content[:-8]
+    filesystem, inner = fsspec.core.url_to_fs(bucket)
+    filesystem.pipe_file(f"{inner}/{name}", content)
+    assert load(f"{bucket}/{name}", streaming=streaming) == rows
+    filesystem.pipe_file(f"{inner}/{name}", cut)
+    with pytest.raises(DatasetError, match=name):
+        load(f"{bucket}/{name}", streaming=streaming)
+
+
 @pytest.mark.parametrize(("protocol", "package", "extra"), [(key, *value) for key, value in remote.PACKAGES.items()])
 def test_a_missing_package_is_named(protocol, package, extra):
     if importlib.util.find_spec(package) is not None:
@@ -413,39 +435,23 @@ def test_azure_asks_for_credentials(monkeypatch):
     assert remote.storage_options_of("az://container/rows.jsonl") == {}
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="needs the package s3fs (axolotl[s3])")
-    pytest.importorskip("flask", reason="needs the package moto[server]")
-    server = pytest.importorskip("moto.server", reason="needs the package moto[server]").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+@pytest.fixture
+def s3() -> Iterator[Any]:
+    with serving_s3("bucket"):
+        import s3fs
+
+        yield s3fs.S3FileSystem()
 
 
-def test_s3(s3, monkeypatch):
-    """Endpoint and credentials come from the environment, as they do for every user."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
+def test_s3(s3):
     check_store("s3://bucket/data")
     assert load("s3://bucket/data/rows.jsonl", streaming=True) == ROWS
     mixed = [{"content": "text"}, {"content": [{"type": "text", "text": "a"}], "n": 2**70}]
-    s3fs.S3FileSystem().pipe_file("bucket/mixed/rows.jsonl", lines(mixed))
+    s3.pipe_file("bucket/mixed/rows.jsonl", lines(mixed))
     assert load("s3://bucket/mixed", streaming=True) == mixed
     message = refusal("s3://nobody/rows.jsonl")
     assert "s3://nobody/rows.jsonl" in message
     assert "credentials" in message
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_store_that_is_not_there(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import time
@@ -14,8 +15,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from axolotl.core.checkpoint import list_checkpoints
-from axolotl.utils.data.streaming import wrap_streaming_dataset
+from axolotl.utils.data.streaming import prepare_streaming_dataset, wrap_streaming_dataset
 from axolotl.utils.dict import DictDefault
+from tests.integration.object_store import serving_s3
 from tests.integration.training_runs import CommandLine, make_trainer, steps_of, weights_of
 from tests.tiny import CHATML, make_tiny_llama, make_tiny_tokenizer
 
@@ -121,6 +123,49 @@ def test_resuming_a_stream_continues_bit_for_bit(tmp_path, packed, num_workers):
     assert resumed.num_tokens_seen == whole.num_tokens_seen
     for (name, ours), theirs in zip(weights_of(resumed).items(), weights_of(whole).values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.slow
+def test_workers_on_a_store_read_every_row_once_and_resume(tmp_path):
+    num_rows = 40
+    with serving_s3("stream"):
+        import s3fs
+
+        for part in range(2):
+            rows = "".join(json.dumps({"text": f"text {i} " * (1 + i % 9)}) + "\n" for i in range(part, num_rows, 2))
+            s3fs.S3FileSystem().pipe_file(f"stream/rows/{part}.jsonl.gz", gzip.compress(rows.encode()))
+
+        def make():
+            trainer = make_trainer(
+                tmp_path,
+                max_steps=num_rows // 4,
+                save_strategy="steps",
+                save_steps=4,
+                per_device_train_batch_size=4,
+                ignore_data_skip=True,
+                dataloader_num_workers=2,
+            )
+            cfg = DictDefault(sequence_len=128, micro_batch_size=4, seed=1, streaming_multipack_buffer_size=8)
+            cfg.pretraining_dataset = [{"path": "s3://stream/rows", "type": "pretrain"}]
+            trainer.train_dataset = prepare_streaming_dataset(cfg, trainer.processing_class)
+            seen = []
+            step = trainer.training_step
+
+            def noting(model, inputs, *args):
+                seen.extend(trainer.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=True))
+                return step(model, inputs, *args)
+
+            trainer.training_step = noting
+            return trainer, seen
+
+        whole, all_rows = make()
+        whole.train()
+        assert sorted({int(row.split()[1]) for row in all_rows}) == list(range(num_rows))
+        assert len(all_rows) == num_rows
+        resumed, rows = make()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+        assert rows == all_rows[16:]
+        assert steps_of(resumed) == steps_of(whole)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy, check_text
+from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy, check_text, learnt_text
 from axolotl.prompters import AlpacaPrompter, PromptStyle
 
 
@@ -18,8 +18,9 @@ class InstructionWSystemPromptTokenizingStrategy(InstructionPromptTokenizingStra
 
     def _build_texts(self, prompt: dict[str, Any]) -> tuple[str, str]:
         instruction, input_text, response, system = self.parse_instruction_fields(prompt)
-        check_text(prompt, instruction, response)
-        return next(iter(self.prompter.build_prompt_w_system(system, instruction, input_text))), response
+        check_text(prompt, instruction)
+        text = next(iter(self.prompter.build_prompt_w_system(system, instruction, input_text)))
+        return text, learnt_text(prompt, response)
 
 
 class SystemDataPrompter(AlpacaPrompter):

@@ -12,8 +12,8 @@ from axolotl.prompt_tokenizers import (
     InstructionPromptTokenizingStrategy,
     Tokenized,
     TokenizedRows,
-    check_text,
     is_batch,
+    learnt_text,
     split_rows,
 )
 from axolotl.utils.logging import get_logger
@@ -75,8 +75,7 @@ class CompletionPromptTokenizingStrategy(InstructionPromptTokenizingStrategy):
 
     def _build_text(self, row: dict[str, Any]) -> str:
         text, _, _ = self.parse_instruction_fields(row)
-        check_text(row, text)
-        return self._build_full_prompt(text, None, None)
+        return self._build_full_prompt(learnt_text(row, text), None, None)
 
     def _build_full_prompt(self, instruction: str, input: str | None, response: str | None) -> str:
         return next(iter(self.prompter.build_prompt(instruction, input, response)))

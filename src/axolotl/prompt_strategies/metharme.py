@@ -20,11 +20,14 @@ class MetharmePromptTokenizingStrategy(InstructionPromptTokenizingStrategy):
     def _token_ids(
         self, texts: Sequence[str], add_eos_token: bool = True, strip_bos_token: bool = False
     ) -> list[list[int]]:
-        rows = super()._token_ids(texts, False, strip_bos_token)
-        eos = self.tokenizer.eos_token_id
+        rows = super()._token_ids(texts, add_eos_token=False)
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         for ids in rows:
-            if add_eos_token and ids and ids[-1] != eos:
-                ids += [eos] * min(NUM_EOS_TOKENS, max(self.max_length - len(ids), 0))
+            if add_eos_token and ids:
+                missing = NUM_EOS_TOKENS - (ids[-1] == eos)
+                ids += [eos] * max(min(missing, self.max_length - len(ids)), 0)
+            if strip_bos_token and ids and ids[0] == bos:
+                del ids[0]
         return rows
 
 

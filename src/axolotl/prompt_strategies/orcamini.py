@@ -26,7 +26,7 @@ class OrcaMiniPrompter(SystemDataPrompter):
         input: str | None = None,
         output: str | None = None,
     ) -> Generator[str, None, None]:
-        text = self.turn_no_input_format.format(system=system, instruction=instruction)
+        text = self.turn_no_input_format.format(system=system or "", instruction=instruction)
         yield f"{text}{output}" if output else text
 
 

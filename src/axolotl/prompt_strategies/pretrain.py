@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl.prompt_tokenizers import PromptTokenizingStrategy, TokenizedRows, check_text, is_batch
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy, TokenizedRows, is_batch, learnt_text
 from axolotl.prompters import Prompter
 
 MAX_OVERLAP = 256
@@ -47,9 +47,7 @@ class PretrainTokenizationStrategy(PromptTokenizingStrategy):
         """Tokenize a row, or many; always a dict of lists of windows."""
         texts = prompt[self.text_column]
         texts = texts if is_batch(prompt) else [texts]
-        for text in texts:
-            check_text({self.text_column: text}, text)
-        windows = self._windows(texts)
+        windows = self._windows([learnt_text({self.text_column: text}, text) for text in texts])
         return {
             "input_ids": windows,
             "attention_mask": [[1] * len(ids) for ids in windows],

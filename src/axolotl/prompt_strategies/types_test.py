@@ -54,7 +54,9 @@ def tokenized_text(tokenizer, type_, row, **ds_cfg):
             "USER: Summarize the following article as a TL;DR.\nA\nASSISTANT:|S</s>",
         ),
         ("context_qa.load_v2", {**QA, "context": "C"}, "Context: C\nQuestion: Q\n|Answer: A</s>"),
+        ("orcamini", {**ORCA, "system_prompt": None}, "### System:\n\n\n### User:\nQ\n\n### Response:\n|R</s>"),
         ("metharme", {"prompt": "P", "generation": "G"}, "P|G</s></s></s>"),
+        ("metharme", {"prompt": "P", "generation": "G</s>"}, "P|G</s></s></s>"),
         (
             "creative_acr.load_answer",
             CREATIVE,
@@ -109,7 +111,7 @@ def test_answer_of_a_type(tiny_tokenizer, type_, row, answer):
 
 
 def test_metharme_fills_what_room_there_is_with_eos(tiny_tokenizer):
-    room = len(tiny_tokenizer("P")["input_ids"]) + 1
+    room = len(tiny_tokenizer("G")["input_ids"]) + 2
     strategy = load("metharme", tiny_tokenizer, DictDefault(sequence_len=room))
     text = tiny_tokenizer.decode(strategy.tokenize_prompt({"prompt": "P", "generation": "G"})["input_ids"])
     assert text == "<s>PG</s></s>"

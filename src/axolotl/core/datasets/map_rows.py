@@ -1,21 +1,20 @@
 """Rows through a function into one Arrow dataset, a block at a time, in several processes where that pays.
 
 `Dataset.map` turns every value into Arrow one by one and sends the function to its processes as a pickle, tokenizer and all.
-Here a block of token lists becomes Arrow in a few calls, and processes are forked: they have the function already. Each
-writes a file of its own, so memory holds one block per process however many rows there are.
+Here a block of token lists becomes Arrow in a few calls, and processes are forked: they have the function already. Each takes
+the next part of the rows when it is done with one, so that none waits for one that is slower, and writes it to a file of its
+own: memory holds one block per process however many rows there are.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import multiprocessing
 import os
 import pickle
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,16 @@ from datasets.arrow_writer import ArrowWriter, OptimizedTypedSequence
 from datasets.utils import tqdm
 
 from axolotl.exceptions import DatasetError
+from axolotl.utils.garbage import collecting_only_new
 from axolotl.utils.temporary import temporary_folder
 
 BLOCK_ROWS = 1000
+
+PARTS_PER_PROCESS = 8
+"""Into how many parts the rows of a process are cut, on average: what the last one to finish can be late by."""
+
+MAX_PARTS = 1024
+"""Parts whose numbers always fit into a pipe, however little the system gives it."""
 
 TOKEN_TYPES = {"input_ids": pa.int32(), "labels": pa.int32(), "attention_mask": pa.int8()}
 """Columns of lists with one integer per token, and what holds such an integer."""
@@ -54,7 +60,7 @@ def map_rows(
     Args:
         dataset: the rows.
         convert: what to do with a block of them.
-        num_proc: processes; each takes a range of rows. One where processes cannot be forked.
+        num_proc: processes that share the rows. One where processes cannot be forked.
         keep_in_memory: do not write to a file. One process then.
         desc: what the progress bar says.
 
@@ -62,25 +68,8 @@ def map_rows(
         DatasetError: a process died.
         Exception: what `convert` raised; of several processes the first that failed.
     """
-    with _settled():
+    with collecting_only_new():
         return _map_rows(dataset, convert, num_proc, keep_in_memory, desc)
-
-
-@contextmanager
-def _settled() -> Iterator[None]:
-    """Garbage is looked for only among what is made from here on.
-
-    A search that goes over all objects of torch and transformers takes longer than the tokens of a block; in a forked process it
-    would also copy their memory.
-    """
-    is_frozen = gc.get_freeze_count() > 0
-    if not is_frozen:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if not is_frozen:
-            gc.unfreeze()
 
 
 def _map_rows(dataset: Dataset, convert: Convert, num_proc: int, keep_in_memory: bool, desc: str | None) -> Dataset:
@@ -88,17 +77,26 @@ def _map_rows(dataset: Dataset, convert: Convert, num_proc: int, keep_in_memory:
         tables = [to_table(block) for block in _converted(dataset, convert, range(len(dataset)), desc)]
         tables = [table for table in tables if table.num_rows] or tables or [to_table({})]
         return concatenate_datasets([Dataset(table) for table in tables]) if len(tables) > 1 else Dataset(tables[0])
-    num_proc = min(num_proc, -(-len(dataset) // BLOCK_ROWS)) if can_fork() else 1
+    num_blocks = -(-len(dataset) // BLOCK_ROWS)
+    num_proc = min(num_proc, num_blocks) if can_fork() else 1
     folder = temporary_folder("rows-")
     if num_proc <= 1:
         _write(_converted(dataset, convert, range(len(dataset)), desc), folder / "0.arrow")
         return Dataset.from_file(str(folder / "0.arrow"))
-    borders = [len(dataset) * part // num_proc for part in range(num_proc + 1)]
-    ranges = [range(start, stop) for start, stop in itertools.pairwise(borders)]
-    files = [folder / f"{part}.arrow" for part in range(num_proc)]
-    _write_in_processes(dataset, convert, ranges, files, desc)
-    parts = [Dataset.from_file(str(file)) for file in files]
-    parts = [part for part in parts if len(part)] or parts[:1]
+    num_parts = min(num_proc * PARTS_PER_PROCESS, num_blocks, MAX_PARTS)
+    borders = [min(num_blocks * part // num_parts * BLOCK_ROWS, len(dataset)) for part in range(num_parts + 1)]
+    parts_of_rows = {folder / f"{start}.arrow": range(start, stop) for start, stop in itertools.pairwise(borders)}
+    _write_in_processes(dataset, convert, parts_of_rows, num_proc, desc)
+    parts = [Dataset.from_file(str(file)) for file in parts_of_rows]
+    return _joined([part for part in parts if len(part)] or parts[:1])
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    """The parts as one dataset. A column that holds whole numbers in one and fractions in another holds fractions."""
+    if any(part.features != parts[0].features for part in parts):
+        wide = pa.unify_schemas([part.data.schema for part in parts], promote_options="permissive")
+        features = Features.from_arrow_schema(wide.remove_metadata())
+        parts = [part.cast(features) for part in parts]
     return concatenate_datasets(parts)
 
 
@@ -165,14 +163,17 @@ def _as_lists(tokens: np.ndarray, lengths: list[int]) -> pa.Array:
 
 
 def _write_in_processes(
-    dataset: Dataset, convert: Convert, ranges: Sequence[range], files: Sequence[Path], desc: str | None
+    dataset: Dataset, convert: Convert, parts: Mapping[Path, range], num_proc: int, desc: str | None
 ) -> None:
     context = multiprocessing.get_context("fork")
+    numbers, writer = os.pipe()
+    os.write(writer, array("i", range(len(parts))))
+    os.close(writer)
     pipes: dict[Connection, Any] = {}
     try:
-        for rows, file in zip(ranges, files, strict=True):
+        for _ in range(num_proc):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(dataset, convert, rows, file, sender), daemon=True)
+            process = context.Process(target=_work, args=(dataset, convert, parts, numbers, sender), daemon=True)
             process.start()
             sender.close()
             pipes[receiver] = process
@@ -186,6 +187,7 @@ def _write_in_processes(
                     else:
                         bar.update(said)
     finally:
+        os.close(numbers)
         for receiver, process in pipes.items():
             if process.is_alive() and sys.exc_info()[0] is not None:
                 process.kill()
@@ -208,8 +210,16 @@ def _hear(receiver: Any, process: Any) -> int | None:
     return said
 
 
-def _work(dataset: Dataset, convert: Convert, rows: range, file: Path, sender: Any) -> None:
-    """What a process does: write its rows, tell how many, or which error it met."""
+def _work(dataset: Dataset, convert: Convert, parts: Mapping[Path, range], numbers: int, sender: Any) -> None:
+    """What a process does: write parts while there are any, tell how many rows are done, or which error it met.
+
+    Args:
+        dataset: the rows.
+        convert: what to do with a block of them.
+        parts: the file of each part, and its rows.
+        numbers: a pipe with the numbers of the parts that no process has taken.
+        sender: the pipe to the parent.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     parent = os.getppid()
 
@@ -221,10 +231,18 @@ def _work(dataset: Dataset, convert: Convert, rows: range, file: Path, sender: A
         return block
 
     try:
-        _write((told(dataset[r.start : r.stop], list(r)) for r in _blocks_of(rows)), file)
+        for file, rows in _taken(parts, numbers):
+            _write((told(dataset[r.start : r.stop], list(r)) for r in _blocks_of(rows)), file)
         sender.send(None)
     except Exception as error:  # noqa: BLE001 - raised again in the parent
         sender.send(_sendable(error))
+
+
+def _taken(parts: Mapping[Path, range], numbers: int) -> Iterator[tuple[Path, range]]:
+    """The parts that no other process takes. Reading a number takes it out of the pipe, whole: the system sees to that."""
+    files = list(parts)
+    while number := array("i", os.read(numbers, array("i").itemsize)):
+        yield files[number[0]], parts[files[number[0]]]
 
 
 def _blocks_of(rows: range) -> Iterator[range]:

@@ -32,6 +32,15 @@ def test_rows_keep_their_order(num_proc, keep_in_memory):
     assert mapped.data.schema.field("attention_mask").type == pa.list_(pa.int8())
 
 
+@needs_fork
+def test_parts_of_the_rows_may_hold_narrower_values_than_others():
+    def score(rows, numbers):
+        return {"score": [0.5 if number < BLOCK_ROWS else 1 for number in numbers], "note": [None] * len(numbers)}
+
+    mapped = map_rows(ROWS, score, num_proc=2)
+    assert mapped["score"][:] == [0.5] * BLOCK_ROWS + [1.0] * (BLOCK_ROWS + 300)
+
+
 @pytest.mark.parametrize("keep_in_memory", [False, True])
 def test_nothing_left_is_an_empty_dataset_of_tokens(keep_in_memory):
     mapped = map_rows(ROWS, lambda rows, numbers: {}, keep_in_memory=keep_in_memory)

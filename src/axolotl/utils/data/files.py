@@ -6,7 +6,6 @@ JSON is read by `json_lines`, exactly as it is written; everything else by `data
 from __future__ import annotations
 
 import glob
-import importlib.util
 import os
 import tarfile
 import warnings
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     Dataset,
     DatasetDict,
@@ -24,9 +24,10 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules import _EXTENSION_TO_MODULE, _PACKAGED_DATASETS_MODULES
 from fsspec.utils import infer_compression
 from pandas.errors import ParserWarning
+from pyarrow import parquet
 
 from axolotl.exceptions import DatasetError, MissingExtraError
 from axolotl.utils.data import json_lines
@@ -59,6 +60,15 @@ NEED_PACKAGE = {".zst": "zstandard", ".lz4": "lz4"}
 """Compression -> the package that undoes it. The others come with Python."""
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+NO_ROWS = "corresponds to no data"
+"""What `datasets` says of files in which it found no row."""
+
+FILL_IT = "Write rows into it, or take the dataset out of the config."
+
+MOST_NAMES = 5
+MOST_OTHER_FILES = 20_000
+"""A folder with more files and folders than this that hold no rows is not meant as a dataset."""
 
 ABOUT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
 """Names of files that describe data and hold none."""
@@ -159,6 +169,35 @@ def files_of_folder(folder: Path, config: DictDefault) -> list[Path]:
     return files
 
 
+def check_folder(folder: Path) -> None:
+    """Raise for a folder without rows, and for one that nobody means, such as `/` or a home, before all of it is read.
+
+    Raises:
+        DatasetError: there are no files of rows, at any depth, or far too many others.
+    """
+    num_data = num_others = 0
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found = sum(Path(name).suffix.lower() in _EXTENSION_TO_MODULE or may_hold_rows(name) for name in names)
+        num_data += found
+        num_others += len(names) - found + len(folders)
+        if num_others > MOST_OTHER_FILES:
+            raise DatasetError(
+                f"dataset `path: {folder}` is a folder with more than {MOST_OTHER_FILES:,} files and folders that hold no rows. Write "
+                "the folder of the dataset itself, or name its files in `data_files`."
+            )
+    if not num_data:
+        raise DatasetError(
+            f"dataset `path: {folder}` is a folder without files of rows (json, csv, parquet, arrow, text). Check `path`, or put the "
+            "files there."
+        )
+
+
+def may_hold_rows(name: str) -> bool:
+    """Whether a file is one of rows, or an archive of such, by its name."""
+    return kind_of(name) is not None or name.lower().endswith(ARCHIVES)
+
+
 def _is_data(name: str) -> bool:
     return kind_of(name) is not None and name not in ABOUT_DATA and not name.startswith((".", "_"))
 
@@ -214,7 +253,7 @@ def open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any
     """
     files = [inner for file in files for inner in unpack(file, common["cache_dir"])]
     if all(file.stat().st_size == 0 for file in files):
-        raise DatasetError(f"dataset file {', '.join(map(str, files))} is empty.")
+        raise DatasetError(f"dataset file {_names(files)} is empty. {FILL_IT}")
     readers = [reader_for(file.name, config) for file in files]
     if any(reader != readers[0] for reader in readers):
         kinds = sorted({file.suffix for file in files})
@@ -222,11 +261,37 @@ def open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any
             f"`data_files` of dataset `path: {config.path}` are of several kinds ({', '.join(kinds)}). Write an entry for each."
         )
     reader, arguments = readers[0]
-    if reader != "json" or not json_lines.can_read(files):
+    if reader == "json" and json_lines.can_read(files):
+        return _read_json(files, config, common)
+    files = [file for file in files if _holds_rows(file, reader)]
+    if not files:
+        raise DatasetError(f"dataset `path: {config.path}` holds no rows. {FILL_IT}")
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # cells would be lost
             return load_dataset(reader, data_files=[str(file) for file in files], **arguments, **common)
-    return _read_json(files, config, common)
+    except ValueError as error:
+        if NO_ROWS not in str(error):
+            raise
+        where = f" in `split: {common['split']}`" if "[" in common["split"] else ""
+        raise DatasetError(f"dataset file {_names(files)} holds no rows{where}. {FILL_IT}") from error
+
+
+def _holds_rows(file: Path, reader: str) -> bool:
+    """Whether a file is worth opening. One part of several may be empty; the readers of `datasets` stumble over it."""
+    if reader != "parquet":
+        return file.stat().st_size > 0
+    try:
+        return parquet.read_metadata(file).num_rows > 0
+    except pa.ArrowException as error:
+        raise DatasetError(
+            f"dataset file {file} cannot be read: it is damaged, cut short or no parquet file ({error}). Fetch or write it again."
+        ) from error
+
+
+def _names(files: Sequence[Path]) -> str:
+    names = [str(file) for file in files[:MOST_NAMES]]
+    return ", ".join(names) + (f" and {len(files) - MOST_NAMES:,} more" if len(files) > MOST_NAMES else "")
 
 
 def _read_json(files: Sequence[Path], config: DictDefault, common: dict[str, Any]) -> Dataset | IterableDataset:
@@ -291,26 +356,10 @@ def check_compression(file: str) -> None:
 
 
 def check_whole_zst(file: Path) -> None:
-    """Raise `DatasetError` for a file cut short: its readers take the end of the file for the end of the data."""
-    if not importlib.util.find_spec("zstandard"):
-        return  # another package reads it, and says so itself
-    import zstandard
-
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 16):
-                while chunk:
-                    if frame.eof:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    frame.decompress(chunk)
-                    chunk = frame.unused_data if frame.eof else b""
-    except zstandard.ZstdError as error:
-        raise DatasetError(
-            f"dataset file {file} is damaged or no zst file ({error}). Fetch or write it again."
-        ) from error
-    if file.stat().st_size and not frame.eof:
-        raise DatasetError(f"dataset file {file} is cut short: its last frame does not end. Fetch or write it again.")
+    """Raise `DatasetError` for a file cut short: the readers of `datasets` take its end for the end of the data."""
+    with json_lines.open_uncompressed(file) as stream:
+        while stream.read(1 << 20):
+            pass
 
 
 def stream_json(urls: Sequence[str], options: Mapping[str, Any]) -> IterableDataset | None:

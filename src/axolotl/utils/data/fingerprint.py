@@ -236,6 +236,7 @@ def source_fingerprint(entry: DictDefault, use_auth_token: bool) -> str | None:
         return json.dumps([file_fingerprint(file) for file in named])
     local = os.path.expanduser(path)
     if os.path.isdir(local):
+        files.check_folder(Path(local))
         return folder_fingerprint(Path(local))
     return _hub_fingerprint(path, entry.revision, use_auth_token)
 
@@ -408,6 +409,14 @@ def _is_users(package: str) -> bool:
         return False
     if spec is None or package == "axolotl" or spec.origin in ("built-in", "frozen"):
         return False
-    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.origin else [])]
+    places = [Path(place) for place in spec.submodule_search_locations or ([spec.origin] if spec.origin else [])]
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not any(Path(place).is_relative_to(folder) for place in places for folder in libraries)
+    return not any(
+        any(place.is_relative_to(folder) for folder in libraries) or _holds_libraries(place.parent) for place in places
+    )
+
+
+@cache
+def _holds_libraries(folder: Path) -> bool:
+    """Whether packages were installed here: the base of a virtual environment, a system's dist-packages, `pip --target`."""
+    return any(folder.glob("*.dist-info"))

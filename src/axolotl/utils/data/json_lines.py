@@ -95,25 +95,56 @@ def _holds_rows(file: File, options: Options | None) -> bool:
 
 def _head(file: File, options: Options | None = None) -> bytes:
     """The first 64 KB after byte order mark and blanks. Opened by itself: some compressions cannot be read backwards."""
-    with _open(file, options) as stream:
+    with open_uncompressed(file, options) as stream:
         return stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
 @contextlib.contextmanager
-def _open(file: File, options: Options | None) -> Iterator[Any]:
+def open_uncompressed(file: File, options: Options | None = None) -> Iterator[Any]:
     """The bytes of a file, uncompressed.
 
     Raises:
         DatasetError: a compressed file is damaged, also while it is read.
     """
+    is_zst = str(file).lower().endswith(".zst") and importlib.util.find_spec("zstandard") is not None
     try:
-        with fsspec.open(str(file), "rb", compression="infer", **(options or {})) as stream:
-            yield stream
+        with fsspec.open(str(file), "rb", compression=None if is_zst else "infer", **(options or {})) as stream:
+            yield io.BufferedReader(_ZstStream(stream), 1 << 16) if is_zst else stream
     except DECOMPRESSION_ERRORS as error:
         raise DatasetError(
             f"dataset file {file} cannot be decompressed: it is damaged, cut short or not what its name says "
             f"({str(error) or type(error).__name__}). Fetch or write it again."
         ) from error
+
+
+class _ZstStream(io.RawIOBase):
+    """The content of a zst file. Other readers take the end of a file that was cut short for the end of the data."""
+
+    def __init__(self, source: Any):
+        self._source = source
+        self._packed = b""  # read and not decompressed yet
+        self._unpacked = memoryview(b"")
+        self._frame: Any = None  # the one that has begun and not ended
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        import zstandard
+
+        while not self._unpacked:
+            self._packed = self._packed or self._source.read(1 << 16)
+            if not self._packed and self._frame is not None:
+                raise EOFError("its last frame does not end")
+            if not self._packed:
+                return 0
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked = memoryview(frame.decompress(self._packed))
+            self._packed = frame.unused_data if frame.eof else b""
+            self._frame = None if frame.eof else frame
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
 
 
 def iter_rows(files: Sequence[str], options: Options | None = None) -> Iterator[dict[str, Any]]:
@@ -182,7 +213,10 @@ def _write(files: Sequence[Path], kinds: dict[str, str], target: Path) -> bool:
                 raise _half_character(columns[name], name, num_rows - len(block)) from error
         writer.write_table(pa.Table.from_arrays(arrays, schema=features.arrow_schema))
     if writer is None or not kinds:
-        raise DatasetError(f"dataset file {', '.join(map(str, files))} holds no rows.")
+        raise DatasetError(
+            f"dataset file {', '.join(map(str, files[:5]))} holds no rows with fields. Write rows into it, or take the dataset out of "
+            "the config."
+        )
     writer.finalize()
     return True
 
@@ -260,9 +294,7 @@ def _blocks(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
 
 def _rows(file: File, options: Options | None = None) -> Iterator[tuple[dict[str, Any], int]]:
     is_list = _head(file, options).startswith(b"[")
-    with _open(file, options) as stream:
-        if str(file).lower().endswith(".zst"):
-            stream = io.BufferedReader(stream)  # that of zstandard has no lines
+    with open_uncompressed(file, options) as stream:
         if is_list:
             yield from _list_rows(file, stream.read())
             return

@@ -58,9 +58,11 @@ def open_url(url: str, config: DictDefault, common: dict[str, Any]) -> Dataset |
         if not config.data_files and filesystem.isdir(inner) and _is_saved(filesystem, inner):
             return files.open_saved(url, config, common["streaming"], storage_options_of(url))
         names = remote_files(url, config)
-        if common["streaming"]:
+        reader, arguments = files.reader_for(names[0], config)
+        # A zst file that only `datasets` reads is fetched all the same: it does not notice one that was cut short.
+        fetched_first = reader != "json" and any(name.lower().endswith(".zst") for name in names)
+        if common["streaming"] and not fetched_first:
             urls = [filesystem.unstrip_protocol(name) for name in names]
-            reader, arguments = files.reader_for(names[0], config)
             options = storage_options_of(url)
             rows = files.stream_json(urls, options) if reader == "json" else None
             if rows is not None:

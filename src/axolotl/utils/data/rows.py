@@ -121,7 +121,7 @@ def apply_length_policy(
     strategy: str,
     key: str = "sequence_len",
     name_row: RowName = name_row,
-) -> tuple[Dataset, dict[str, int], int]:
+) -> tuple[Dataset, np.ndarray, dict[str, int], int]:
     """Handle rows that are too long or too short.
 
     Args:
@@ -134,7 +134,7 @@ def apply_length_policy(
         name_row: what errors call a row.
 
     Returns:
-        `(rows that stay, {reason: rows dropped}, rows truncated)`.
+        `(all rows, bool for each whether it stays, {reason: rows dropped}, rows truncated)`.
     """
     lengths = get_dataset_lengths(dataset)
     too_long = lengths > sequence_len
@@ -160,7 +160,7 @@ def apply_length_policy(
         f"shorter than {min_len} tokens": int((lengths < min_len).sum()),
     }
     keep = (lengths <= sequence_len) & (lengths >= min_len)
-    return select_rows(dataset, keep), {reason: count for reason, count in dropped.items() if count}, truncated
+    return dataset, keep, {reason: count for reason, count in dropped.items() if count}, truncated
 
 
 def truncate_rows(rows: dict[str, list[Any]], sequence_len: int) -> dict[str, list[Any]]:
@@ -172,11 +172,6 @@ def truncate_rows(rows: dict[str, list[Any]], sequence_len: int) -> dict[str, li
 def select_rows(dataset: Dataset, keep: np.ndarray) -> Dataset:
     """The rows where `keep` is true; the dataset itself when that is all of them."""
     return dataset if keep.all() else take_rows(dataset, np.flatnonzero(keep))
-
-
-def shuffle_rows(dataset: Dataset, seed: int) -> Dataset:
-    """The rows in the order of `dataset.shuffle(seed=seed)`."""
-    return take_rows(dataset, np.random.default_rng(seed).permutation(len(dataset)))
 
 
 def take_rows(dataset: Dataset, numbers: np.ndarray) -> Dataset:

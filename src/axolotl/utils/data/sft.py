@@ -1,6 +1,6 @@
 """Data handling specific to SFT: from `datasets` and `test_datasets` of a config to prepared rows.
 
-Per dataset: open, tokenize, length policy, rows without a trained token out. Then: merge, drop duplicates, shuffle, shard,
+Per dataset: open, tokenize, length policy, rows without a trained token out. Then: merge, shuffle, drop duplicates, shard,
 write to the cache. After that, and not cached: the validation split and the number of steps.
 """
 
@@ -33,7 +33,6 @@ from axolotl.utils.data.rows import (
     apply_length_policy,
     count_trained_tokens,
     select_rows,
-    shuffle_rows,
     take_rows,
 )
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, read_shard, take_shard
@@ -214,15 +213,16 @@ def build_rows(
     cfg: DictDefault, entries: Sequence[DictDefault], tokenizer: Any, processor: Any, part: str, cache_dir: str
 ) -> tuple[Dataset, dict[str, Any]]:
     """Open, tokenize, filter, merge and order the rows of all entries."""
-    prepared, reports = [], []
+    prepared, stays, reports = [], [], []
     for entry in datasets_with_name_generator(entries):
-        dataset, entry_report = build_entry(cfg, entry, tokenizer, processor, part, cache_dir)
+        dataset, stay, entry_report = build_entry(cfg, entry, tokenizer, processor, part, cache_dir)
         reports.append(entry_report)
+        stays.append(stay)
         if len(dataset):
             prepared.append(dataset)
     if not prepared:
         raise DatasetError(_nothing_left(reports))
-    merged, num_duplicates = merge_datasets(prepared, cfg)
+    merged, num_duplicates = merge_datasets(prepared, stays, cfg)
     summary = report.summarize(merged, reports)
     summary["duplicates"] = num_duplicates
     return merged, summary
@@ -242,8 +242,8 @@ def _nothing_left(reports: list[dict[str, Any]]) -> str:
 
 def build_entry(
     cfg: DictDefault, entry: DictDefault, tokenizer: Any, processor: Any, part: str, cache_dir: str
-) -> tuple[Dataset, dict[str, Any]]:
-    """One dataset: its rows as tokens, and what became of them."""
+) -> tuple[Dataset, np.ndarray, dict[str, Any]]:
+    """One dataset: its rows as tokens, whether each row that was made stays (bool), and what became of them."""
     name = dataset_name(entry)
     if entry.type == SYNTHETIC:
         raw: Any = synthetic_rows(entry, cfg, tokenizer)
@@ -255,13 +255,14 @@ def build_entry(
     raw = take_shard(raw, entry, int(cfg.seed or 0))
     rows_read = len(raw)
     if not rows_read:
-        return raw, {"name": name, "rows_read": 0, "rows_made": 0, "rows_kept": 0, "dropped": {}, "truncated": 0}
+        no_rows = {"name": name, "rows_read": 0, "rows_made": 0, "rows_kept": 0, "dropped": {}, "truncated": 0}
+        return raw, np.zeros(0, dtype=bool), no_rows
     tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor, name_row)
     num_filtered = tokens.num_filtered if isinstance(tokens, TokenizedPromptDataset) else 0
     rows_made = len(tokens) + num_filtered
     tokens = _with_lengths(tokens)
     sequence_len, key = _sequence_len(cfg, part)
-    tokens, dropped, truncated = apply_length_policy(
+    tokens, stay, dropped, truncated = apply_length_policy(
         tokens,
         name,
         sequence_len=sequence_len,
@@ -271,10 +272,11 @@ def build_entry(
         name_row=name_row if rows_made == len(tokens) == rows_read else name_made_row,
     )
     if "labels" in tokens.column_names:
-        trained = count_trained_tokens(tokens) > 0
-        if not trained.all():
-            dropped["without a trained token"] = int((~trained).sum())
-            tokens = select_rows(tokens, trained)
+        untrained = stay & (count_trained_tokens(tokens) == 0)
+        if untrained.any():
+            dropped["without a trained token"] = int(untrained.sum())
+            stay &= ~untrained
+    tokens = select_rows(tokens, stay)
     if num_filtered:
         dropped[FILTERED] = num_filtered
     if cfg.use_pose:
@@ -285,14 +287,18 @@ def build_entry(
         LOG.warning(f"dataset {name}: {count:,} of {rows_made:,} rows dropped: {reason}")
     if truncated:
         LOG.warning(f"dataset {name}: {truncated:,} of {rows_made:,} rows cut to {sequence_len} tokens")
-    return tokens, {
-        "name": name,
-        "rows_read": rows_read,
-        "rows_made": rows_made,
-        "rows_kept": len(tokens),
-        "dropped": dropped,
-        "truncated": truncated,
-    }
+    return (
+        tokens,
+        stay,
+        {
+            "name": name,
+            "rows_read": rows_read,
+            "rows_made": rows_made,
+            "rows_kept": len(tokens),
+            "dropped": dropped,
+            "truncated": truncated,
+        },
+    )
 
 
 def _sequence_len(cfg: DictDefault, part: str) -> tuple[int, str]:
@@ -328,29 +334,55 @@ def _with_pose(dataset: Dataset, cfg: DictDefault) -> Dataset:
         random.setstate(state)
 
 
-def merge_datasets(prepared: Sequence[Dataset], cfg: DictDefault) -> tuple[Dataset, int]:
+def merge_datasets(prepared: Sequence[Dataset], stays: Sequence[np.ndarray], cfg: DictDefault) -> tuple[Dataset, int]:
     """Put datasets together in the order that the shuffle keys ask for.
+
+    Args:
+        prepared: the rows that stay, of every dataset that has any.
+        stays: for every dataset, of each row that was made whether it stays, bool.
+        cfg: the config.
 
     Returns:
         `(rows, duplicates dropped)`.
     """
-    seed = int(cfg.seed or 0)
-    shuffle = not keeps_order(cfg)
-    if cfg.shuffle_before_merging_datasets:
-        prepared = [shuffle_rows(dataset, seed) for dataset in prepared]
     merged = prepared[0] if len(prepared) == 1 else concatenate_datasets(_alike(prepared))
+    merged = take_rows(merged, order_rows(stays, cfg))
     num_duplicates = 0
     if cfg.dataset_exact_deduplication:
         merged, num_duplicates = drop_duplicates(merged)
         LOG.info(f"{num_duplicates:,} duplicate rows dropped (`dataset_exact_deduplication: true`)")
-    if shuffle:
-        merged = shuffle_rows(merged, seed)
     num_shards, shard = read_shard(cfg)
     if num_shards > len(merged):
         raise DatasetError(
             f"`dataset_shard_num: {num_shards}` is more than the {len(merged):,} rows there are. Write a smaller number."
         )
     return merged if num_shards == 1 else merged.shard(num_shards=num_shards, index=shard), num_duplicates
+
+
+def order_rows(stays: Sequence[np.ndarray], cfg: DictDefault) -> np.ndarray:
+    """The numbers of the rows that stay, among those that stay, in the order that the shuffle keys ask for.
+
+    All rows that were made are shuffled, so that dropping some, as another `sequence_len` does, leaves the others in their order.
+
+    Args:
+        stays: for every dataset, of each row that was made whether it stays, bool.
+        cfg: the config.
+    """
+    seed, shuffle = int(cfg.seed or 0), not keeps_order(cfg)
+    stay = np.concatenate(stays)
+    order = np.arange(len(stay))
+    # Of a single dataset that is shuffled anyway, one shuffle is enough.
+    if cfg.shuffle_before_merging_datasets and (len(stays) > 1 or not shuffle):
+        ends = np.cumsum([len(one) for one in stays])
+        order = np.concatenate(
+            [
+                end - len(one) + np.random.default_rng(seed).permutation(len(one))
+                for end, one in zip(ends, stays, strict=True)
+            ]
+        )
+    if shuffle:
+        order = order[np.random.default_rng(seed).permutation(len(order))]
+    return (np.cumsum(stay) - 1)[order[stay[order]]]
 
 
 def _alike(prepared: Sequence[Dataset]) -> list[Dataset]:
@@ -366,26 +398,26 @@ def _alike(prepared: Sequence[Dataset]) -> list[Dataset]:
 
 
 def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Dataset | None]:
-    """Set rows aside for evaluation: a share (`val_set_size` up to 1) or a number of rows.
+    """Set the last rows aside for evaluation: a share (`val_set_size` up to 1) or a number of rows.
 
-    A shuffled dataset gives its last rows. One that keeps its order gives rows drawn by `seed`, in their order: its last rows
-    would all be of one kind.
+    They are those of `dataset.train_test_split(shuffle=False)`: the rows are shuffled already, unless they are to keep their order.
     """
     size = float(cfg.val_set_size or 0)
     if size <= 0:
         return dataset, None
     num_eval = math.ceil(size * len(dataset)) if size <= 1 else int(size)
-    if num_eval >= len(dataset):
+    num_train = len(dataset) - num_eval
+    if num_train <= 0:
         raise DatasetError(
             f"`val_set_size: {cfg.val_set_size}` takes {num_eval:,} rows, but there are only {len(dataset):,}: none would be "
             "left to train on. Write a smaller number."
         )
-    chosen = np.zeros(len(dataset), dtype=bool)
     if keeps_order(cfg):
-        chosen[np.random.default_rng(int(cfg.seed or 0)).permutation(len(dataset))[:num_eval]] = True
-    else:
-        chosen[len(dataset) - num_eval :] = True
-    return select_rows(dataset, ~chosen), select_rows(dataset, chosen)
+        LOG.warning(
+            f"the rows keep their order, so `val_set_size: {cfg.val_set_size}` holds out the last {num_eval:,} of them, which may "
+            "all be of one kind. To choose others, write `test_datasets`."
+        )
+    return dataset.select(range(num_train)), dataset.select(range(num_train, len(dataset)))
 
 
 def apply_weights(dataset: Dataset, cfg: DictDefault) -> Dataset:
@@ -428,7 +460,7 @@ def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | N
     """Rows split off for evaluation, held to `eval_sequence_len` when it is shorter than `sequence_len`."""
     if evaluation is None or not cfg.eval_sequence_len or cfg.eval_sequence_len >= (cfg.sequence_len or 512):
         return evaluation
-    fitted, dropped, truncated = apply_length_policy(
+    fitted, stay, dropped, truncated = apply_length_policy(
         evaluation,
         "for evaluation",
         sequence_len=int(cfg.eval_sequence_len),
@@ -437,7 +469,7 @@ def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | N
         key="eval_sequence_len",
     )
     LOG.warning(f"evaluation: {sum(dropped.values()):,} rows dropped, {truncated:,} cut (`eval_sequence_len`)")
-    return fitted
+    return select_rows(fitted, stay)
 
 
 def _without_rows_of(evaluation: Dataset, train: Dataset) -> Dataset:
@@ -454,11 +486,10 @@ def _raw_datasets(cfg: DictDefault) -> Prepared:
             take_shard(load_dataset_with_config(entry, cfg.hf_use_auth_token), entry, int(cfg.seed or 0))
             for entry in datasets_with_name_generator([DictDefault(entry) for entry in entries])
         ]
-        return opened[0] if len(opened) == 1 else concatenate_datasets(_alike(opened))
+        rows = opened[0] if len(opened) == 1 else concatenate_datasets(_alike(opened))
+        return take_rows(rows, order_rows([np.ones(len(dataset), dtype=bool) for dataset in opened], cfg))
 
     train = read(cfg.datasets or [])
-    if cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling:
-        train = shuffle_rows(train, int(cfg.seed or 0))
     if cfg.test_datasets:
         evaluation: Dataset | None = read(cfg.test_datasets)
     else:

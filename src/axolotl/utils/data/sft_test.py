@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -151,8 +151,8 @@ def test_rows_without_a_trained_token(config, tokenizer):
 
 
 def test_missing_field_and_type_are_named(config, tokenizer):
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a"}]
-    with pytest.raises(DatasetError, match=r"[Rr]ow 1.*output"):
+    rows = [{"instruction": "a", "output": "b"}, {"output": "b"}]
+    with pytest.raises(DatasetError, match=r"[Rr]ow 1.*instruction"):
         prepare(config(rows, sequence_len=400), tokenizer)
     untyped = config(rows)
     del untyped.datasets[0]["type"]
@@ -173,14 +173,43 @@ def test_validation_split(config, tokenizer):
         prepare_datasets(config(val_set_size=40), tokenizer)
 
 
-def test_a_split_of_ordered_rows_keeps_their_order(config, tokenizer):
+def test_a_split_of_ordered_rows_holds_out_the_last_and_says_so(config, tokenizer, caplog):
     rows = token_rows()
     train, evaluation, _, _ = prepare_datasets(config(rows, curriculum_sampling=True, val_set_size=10), tokenizer)
-    order = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
-    for part in (train, evaluation):
-        numbers = [order[tuple(ids)] for ids in all_ids(part)]
-        assert numbers == sorted(numbers)
-    assert [order[tuple(ids)] for ids in all_ids(evaluation)] != list(range(30, 40))
+    assert all_ids(train) + all_ids(evaluation) == [row["input_ids"] for row in rows]
+    assert len(evaluation) == 10
+    assert "holds out the last 10" in caplog.text
+
+
+@pytest.mark.parametrize("sizes", [(40,), (17, 25, 8)])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_rows_are_shuffled_as_datasets_does_before_any_is_dropped(config, tokenizer, tmp_path, sizes, together, apart):
+    """The order, the duplicate that stays and the split are those of `datasets` itself over all rows."""
+    sources = [token_rows(size, seed=size) for size in sizes]
+    sources[-1] += sources[0][:4] * 2
+    entries = [{"path": str(write(tmp_path / f"{n}.jsonl", rows))} for n, rows in enumerate(sources)]
+    longest = int(np.median([len(row["input_ids"]) for row in sources[0]]))
+    cfg = config(
+        datasets=entries,
+        sequence_len=longest,
+        seed=7,
+        val_set_size=0.2,
+        dataset_exact_deduplication=True,
+        shuffle_merged_datasets=together,
+        shuffle_before_merging_datasets=apart,
+    )
+    loaded = [Dataset.from_list(rows) for rows in sources]
+    if apart and (len(loaded) > 1 or not together):
+        loaded = [dataset.shuffle(seed=7) for dataset in loaded]
+    merged = concatenate_datasets(loaded)
+    merged = merged.shuffle(seed=7) if together else merged
+    kept = list(dict.fromkeys(tuple(ids) for ids in merged["input_ids"] if len(ids) <= longest))
+    assert 10 < len(kept) < len(merged)
+    split = Dataset.from_dict({"input_ids": kept}).train_test_split(test_size=0.2, shuffle=False)
+    train, evaluation, _, _ = prepare_datasets(cfg, tokenizer)
+    assert all_ids(train) == all_ids(split["train"])
+    assert all_ids(evaluation) == all_ids(split["test"])
 
 
 def test_order_of_several_datasets(config, tokenizer, tmp_path):
@@ -351,6 +380,15 @@ def test_raw_rows(config, tokenizer):
     assert train.column_names == ["instruction", "output"]
 
 
+@pytest.mark.parametrize("keys", [{}, {"shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True}])
+def test_raw_rows_are_ordered_as_prepared_ones(config, tokenizer, keys):
+    raw, prepared = (
+        prepare_datasets(config(token_rows(), skip_prepare_dataset=skips, **keys), tokenizer)[0]
+        for skips in (True, False)
+    )
+    assert all_ids(raw) == all_ids(prepared) != [row["input_ids"] for row in token_rows()]
+
+
 def test_synthetic_rows(config, tokenizer):
     entry = {
         "path": "synthetic",
@@ -364,6 +402,8 @@ def test_synthetic_rows(config, tokenizer):
     assert np.shape(train["input_ids"][:]) == (9, 12)
     assert set(np.ravel(train["input_ids"][:])) == {5, 6, 7}
     assert train["labels"][:] == train["input_ids"][:]
+    with pytest.raises(DatasetError, match=r"`min_input_id: 8` .* must be below 8"):
+        prepare_datasets(config(datasets=[{**entry, "min_input_id": 8}]), tokenizer)
 
 
 def test_a_prepared_dataset_in_a_read_only_place(config, tokenizer, monkeypatch):

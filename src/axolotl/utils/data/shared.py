@@ -24,7 +24,8 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.json.json import Json
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -110,6 +111,10 @@ def load_dataset_with_config(
             f"dataset `path: {path}` is no local file or folder, and the Hugging Face hub cannot be reached ({error}). "
             "Check the path and the network, or download the dataset and give its local path."
         ) from error
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise DatasetError(
+            f"dataset `path: {path}` has no files of rows that are laid out like a dataset. Name them in `data_files`, or check `path`."
+        ) from error
     except READ_ERRORS as error:
         check_disk(error)
         raise DatasetError(f"dataset `path: {path}` cannot be read: {first_cause(error)}") from error
@@ -163,6 +168,11 @@ def _open(
         return remote.open_url(path, config, common)
     named = files.named_files(config)
     if named is not None:
+        for key in ("name", "revision"):
+            if config[key]:
+                LOG.warning_once(
+                    f"`{key}: {config[key]}` of dataset `path: {path}` has no effect: it is for datasets of the hub."
+                )
         if files.names_reader(config):
             config = DictDefault({**config, "ds_type": path})
         return files.open_files(named, config, common)
@@ -188,6 +198,7 @@ def _open_folder(folder: Path, config: DictDefault, common: dict[str, Any]) -> D
         return files.open_files(found, config, common)
     if config.ds_type and found:
         return files.open_files(found, config, common)
+    files.check_folder(folder)
     return _open_repository(str(folder), config, None, common, {})
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HTTPError
 
 from axolotl.exceptions import DatasetError, MissingExtraError
 from axolotl.utils.data import fingerprint
-from axolotl.utils.data.fingerprint import source_fingerprint
+from axolotl.utils.data.fingerprint import source_fingerprint, strategy_code_fingerprint
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
 from axolotl.utils.dict import DictDefault
 
@@ -177,7 +177,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(DatasetError, match="is empty"):
         load(tmp_path / "empty.csv")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="folder without files of rows"):
         load(tmp_path / "folder")
     with pytest.raises(DatasetError, match="no `path`"):
         load_dataset_with_config(DictDefault(type="alpaca"))
@@ -185,7 +185,7 @@ def test_nothing_there(tmp_path):
 
 def test_broken_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DatasetError, match=r"a\.parquet` cannot be read"):
+    with pytest.raises(DatasetError, match=r"a\.parquet cannot be read"):
         load(tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text('a,b\n1,2\n1,2,3,4\n"')
     with pytest.raises(DatasetError, match=r"a\.csv` cannot be read"):
@@ -201,3 +201,25 @@ def test_shards_and_preprocess_shards(tmp_path):
     pieces = list(datasets_with_name_generator([DictDefault(path="a", preprocess_shards=3)]))
     together = [text for piece in pieces for text in take_shard(rows, piece, seed=1)["instruction"]]
     assert together == rows["instruction"][:]
+
+
+def test_code_of_the_users_counts_and_that_of_libraries_does_not_wherever_they_lie(tmp_path, monkeypatch):
+    own, installed = tmp_path / "own", tmp_path / "target"
+    (installed / "a_library-1.0.dist-info").mkdir(parents=True)
+    (installed / "a_library").mkdir()
+    own.mkdir()
+    files = {
+        "library": installed / "a_library/__init__.py",
+        "strategy": own / "own_strategy.py",
+        "helper": own / "own_helper.py",
+    }
+    for file in files.values():
+        file.write_text("")
+    files["strategy"].write_text("import a_library\nimport own_helper\n")
+    monkeypatch.syspath_prepend(str(own))
+    monkeypatch.syspath_prepend(str(installed))
+    first = strategy_code_fingerprint("own_strategy.load")
+    files["library"].write_text("VALUE = 1\n")
+    assert strategy_code_fingerprint("own_strategy.load") == first
+    files["helper"].write_text("VALUE = 1\n")
+    assert strategy_code_fingerprint("own_strategy.load") != first

@@ -27,7 +27,7 @@ def build(tmp_path, tokenizer, rows, cfg=None, part="train", **keys):
         build_entry(config, entry, tokenizer, None, part, str(tmp_path))
 
 
-ALPACA = [{"instruction": f"q{n}", "output": None if n == BAD else f"a{n}"} for n in range(NUM_ROWS)]
+ALPACA = [{"instruction": None if n == BAD else f"q{n}", "output": f"a{n}"} for n in range(NUM_ROWS)]
 TOKENS = [{"input_ids": [1, 2], "labels": None if n == BAD else [1, 2]} for n in range(NUM_ROWS)]
 KEYS = [
     ({}, f"row {BAD}"),
@@ -47,7 +47,7 @@ def test_the_row_of_an_error(tmp_path, tiny_tokenizer, keys, row):
     with pytest.raises(DatasetError) as refusal:
         build(tmp_path, tiny_tokenizer, ALPACA, type="alpaca", **keys)
     path = tmp_path / "rows.jsonl"
-    assert f"{row.capitalize()} of `{path}`: `output` is null" in str(refusal.value)
+    assert f"{row.capitalize()} of `{path}`: `instruction` is null" in str(refusal.value)
     with pytest.raises(DatasetError) as refusal:
         build(tmp_path, tiny_tokenizer, TOKENS, **keys)
     assert f", {row}: field `labels` is missing" in str(refusal.value)

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from axolotl.exceptions import AxolotlError, DatasetError
+from axolotl.utils.data.files import FILL_IT
 from axolotl.utils.data.shared import READ_ERRORS, datasets_with_name_generator, first_cause, load_dataset_with_config
 from axolotl.utils.data.tokenize import dataset_name
 from axolotl.utils.dict import DictDefault
@@ -61,7 +62,9 @@ class StreamSource:
                 return number, row
         if self.row <= self.stride[1]:
             raise DatasetError(
-                f"dataset {self.name} is empty." if not self.row else f"dataset {self.name} has too few rows."
+                f"dataset {self.name} has too few rows."
+                if self.row
+                else f"dataset {self.name} holds no rows. {FILL_IT}"
             )
         self.passes, self.row = self.passes + 1, 0
         self._read_start, self._taken, self._rows = None, 0, None
@@ -131,7 +134,7 @@ def open_iterable(entry: DictDefault, use_auth_token: bool | None = None) -> Ite
     dataset = load_dataset_with_config(DictDefault({**entry, "split": name}), use_auth_token, streaming=True)
     if isinstance(dataset, Dataset):
         if not len(dataset):
-            raise DatasetError(f"dataset {dataset_name(entry)} is empty.")
+            raise DatasetError(f"dataset {dataset_name(entry)} holds no rows. {FILL_IT}")
         dataset = dataset.to_iterable_dataset()
     if stop is not None:
         dataset = dataset.take(stop)

@@ -369,7 +369,7 @@ def test_position_of_other_datasets_is_refused(tmp_path):
 
 def test_empty_dataset_is_said(tmp_path):
     rows = open_iterable(DictDefault(path=write_texts(tmp_path, ["only one"]), skip=5))
-    with pytest.raises(DatasetError, match="is empty"):
+    with pytest.raises(DatasetError, match="holds no rows"):
         StreamSource(rows, "d").next()
 
 

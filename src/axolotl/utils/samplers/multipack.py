@@ -8,7 +8,6 @@ pieces.
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import BatchSampler, Sampler
 
 from axolotl.exceptions import DatasetError
+from axolotl.utils.garbage import without_garbage_collection
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.best_fit import Plan, deal, join, pack_best_fit, pack_next_fit
 from axolotl.utils.samplers.epoch import EpochSampler
@@ -177,6 +177,7 @@ class MultipackBatchSampler(BatchSampler):
             self._planned = self._make_plan(self.lengths[order])
         return self._planned
 
+    @without_garbage_collection()
     def _make_plan(self, lengths: np.ndarray) -> Plan:
         return _plan(lengths, self.batch_max_len, self.bin_size, self.group_size, self.sequential)
 
@@ -221,13 +222,8 @@ class MultipackBatchSampler(BatchSampler):
     def generate_batches(self, set_stats: bool = False) -> list[list[list[int]]]:
         """All batches of this epoch. `set_stats` is accepted for compatibility: statistics follow from the plan."""
         del set_stats
-        collects = gc.isenabled()
-        gc.disable()  # a million new lists would be searched for cycles again and again; there are none
-        try:
+        with without_garbage_collection():
             return list(self)
-        finally:
-            if collects:
-                gc.enable()
 
     @property
     def total_tokens_used(self) -> int:

@@ -1,0 +1,49 @@
+"""What importing makes is set aside in a process of our own, and only there."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+from axolotl.utils.garbage import collecting_only_new, importing, without_garbage_collection
+
+
+def test_a_program_that_imports_us_gets_its_garbage_collected():
+    with importing():
+        assert not gc.isenabled()
+    with collecting_only_new():
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_collecting_stays_off_where_it_was_off():
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_in_our_own_process_what_is_imported_stays_until_it_ends():
+    script = """
+import gc, sys
+from axolotl.utils.garbage import collecting_only_new, end_process, importing, own_process
+own_process()
+with importing():
+    kept = [[] for _ in range(1000)]
+frozen = gc.get_freeze_count()
+assert frozen >= 1000 and gc.isenabled()
+with collecting_only_new():
+    pass
+assert gc.get_freeze_count() == frozen  # not given back
+sys.modules["triton"] = None
+end_process()
+assert gc.get_freeze_count() == 0  # its bindings want to be collected
+del sys.modules["triton"]
+end_process()
+assert gc.get_freeze_count() > 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
