@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import IterableDataset
 
-from axolotl.core.checkpoint import check_output_dir
-from axolotl.exceptions import ConfigError
-from axolotl.train import is_main_process, setup_model_and_trainer, trackers_told_how_it_ends
+from axolotl.core.checkpoint import list_checkpoints
+from axolotl.core.output_dir import check_output_dir
+from axolotl.exceptions import ConfigError, ModelError
+from axolotl.train import setup_model_and_trainer, trackers_told_how_it_ends
 from axolotl.utils.callbacks.build import check_evaluation
 from axolotl.utils.callbacks.trackers import check_trackers
 from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.distributed import get_rank
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -30,7 +32,8 @@ MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
     """Evaluate the trained result on training and validation set, print and write `eval_summary.csv`.
 
-    What is evaluated: the adapter in `lora_model_dir`, else the adapter or model in `output_dir`, else the base model.
+    What is evaluated: the adapter in `lora_model_dir`, else the adapter or model in `output_dir`, else, without `adapter`, the
+    base model.
 
     Args:
         cfg: the resolved config.
@@ -39,7 +42,7 @@ def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
     Returns:
         Metrics, named `train_...` and `eval_...`.
     """
-    check_trackers(cfg, is_main_process=is_main_process())
+    check_trackers(cfg, is_main_process=get_rank() == 0)
     check_evaluation(cfg)
     check_output_dir(cfg.output_dir)
     choose_trained_result(cfg)
@@ -51,29 +54,47 @@ def evaluate(*, cfg: DictDefault, dataset_meta: Any) -> dict[str, float]:
         raise ConfigError(
             "There is nothing to evaluate: neither `datasets` nor `test_datasets` or `val_set_size` gave rows."
         )
-    if is_main_process():
+    if get_rank() == 0:
         rows = summary_rows(train_metrics or {}, eval_metrics or {})
         write_summary(Path(cfg.output_dir) / SUMMARY, rows)
         print_summary(rows)
     return {**(train_metrics or {}), **(eval_metrics or {})}
 
 
+def check_trained_result(cfg: DictDefault) -> None:
+    """Raise `ModelError` where a config has an adapter and none was trained: a fresh one would be no result of anything."""
+    output_dir = Path(cfg.output_dir)
+    if not cfg.adapter or cfg.lora_model_dir or any((output_dir / name).is_file() for name in ADAPTER_FILES):
+        return
+    checkpoints = list_checkpoints(output_dir)
+    hint = f" The run has a checkpoint: `--lora-model-dir {checkpoints[-1]}`." if checkpoints else ""
+    switches = "".join(f" --no-{key.replace('_', '-')}" for key in ("load_in_4bit", "load_in_8bit") if cfg[key])
+    raise ModelError(
+        f"`adapter: {cfg.adapter}`, but `output_dir: {cfg.output_dir}` holds no trained adapter. Train first, or say where the "
+        f"adapter is with `--lora-model-dir`.{hint} To evaluate the base model alone, give `--adapter null{switches}`."
+    )
+
+
 def choose_trained_result(cfg: DictDefault) -> None:
-    """Point the config at what was trained, and say so."""
+    """Point the config at what was trained, and say so.
+
+    Raises:
+        ModelError: the config has an adapter, and none was trained.
+    """
+    check_trained_result(cfg)
     output_dir = Path(cfg.output_dir)
     if cfg.adapter:
-        if cfg.lora_model_dir:
-            chosen, reason = cfg.lora_model_dir, "the adapter that the config names"
-        elif any((output_dir / name).is_file() for name in ADAPTER_FILES):
-            cfg.lora_model_dir = str(output_dir)
-            chosen, reason = str(output_dir), "the adapter that was trained"
-        else:
-            chosen, reason = cfg.base_model, f"{output_dir} has no trained adapter; a fresh one changes nothing"
+        named = bool(cfg.lora_model_dir)
+        cfg.lora_model_dir = cfg.lora_model_dir or str(output_dir)
+        chosen = cfg.lora_model_dir
+        reason = "the adapter that the config names" if named else "the adapter that was trained"
     elif any((output_dir / name).is_file() for name in MODEL_FILES):
         cfg.base_model = str(output_dir)
         chosen, reason = str(output_dir), "the model that was trained"
     else:
-        chosen, reason = cfg.base_model, f"{output_dir} has no trained model"
+        chosen, reason = cfg.base_model, f"the base model; `output_dir: {cfg.output_dir}` has no trained one"
+        if checkpoints := list_checkpoints(output_dir):
+            LOG.warning(f"The run has a checkpoint, which is not evaluated: `--base-model {checkpoints[-1]}` would be.")
     note_choice(cfg, "evaluated model", chosen, reason)
     LOG.info(f"Evaluating {chosen}: {reason}.")
 

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 from axolotl.cli.main import run
+from axolotl.utils.data import files
 from axolotl.utils.tee import close_debug_log
 from tests.tiny import CHATML, make_tiny_base, make_tiny_model, make_tiny_tokenizer
 
@@ -144,6 +147,70 @@ def test_files_that_are_no_rows(desk, content, words):
     assert not (desk.folder / "out/adapter_model.safetensors").exists()
 
 
+def _header(folder: Path) -> str:
+    (folder / "d.csv").write_text("instruction,input,output\n")
+    return "d.csv"
+
+
+def _no_parquet_rows(folder: Path) -> str:
+    parquet.write_table(pa.table({"instruction": pa.array([], pa.string())}), folder / "d.parquet")
+    return "d.parquet"
+
+
+def _folder_without_files(folder: Path) -> str:
+    (folder / "data/inner").mkdir(parents=True)
+    return "data"
+
+
+def _folder_of_other_files(folder: Path) -> str:
+    (folder / "data").mkdir()
+    (folder / "data/weights.bin").write_bytes(b"1")
+    return "data"
+
+
+def _folder_named_like_a_file(folder: Path) -> str:
+    (folder / "data.jsonl").mkdir()
+    return "data.jsonl"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_header, ("holds no rows", "Write rows into it")),
+        (_no_parquet_rows, ("holds no rows", "Write rows into it")),
+        (_folder_without_files, ("folder without files of rows", "Check `path`")),
+        (_folder_of_other_files, ("folder without files of rows", "Check `path`")),
+        (_folder_named_like_a_file, ("folder without files of rows", "Check `path`")),
+    ],
+)
+def test_sources_without_rows(desk, make, words, streaming):
+    name = make(desk.folder)
+    desk.cfg["datasets"][0]["path"] = name
+    desk.cfg["streaming"] = streaming
+    desk.refuses(name, *words, command=("train" if streaming else "preprocess", "c.yml"))
+
+
+def test_an_empty_part_among_others_is_no_rows(desk):
+    for number, table in enumerate(
+        (pa.table({"text": ["one two", "three"]}), pa.table({"text": pa.array([], pa.string())}))
+    ):
+        parquet.write_table(table, desk.folder / f"{number}.parquet")
+    desk.cfg["datasets"] = [{"path": ".", "data_files": "*.parquet", "ds_type": "parquet", "type": "completion"}]
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0, said
+    assert "2 rows" in said
+
+
+def test_a_folder_that_is_no_dataset_is_not_read_whole(desk, monkeypatch):
+    """Nobody means `/`. The rows in it are not worth looking at every file of a machine."""
+    monkeypatch.setattr(files, "MOST_OTHER_FILES", 50)
+    for number in range(60):
+        (desk.folder / f"code/{number}").mkdir(parents=True)
+    desk.cfg["datasets"][0]["path"] = str(desk.folder / "code")
+    desk.refuses("more than 50 files and folders that hold no rows", "`data_files`", command=("preprocess", "c.yml"))
+
+
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in ALPACA * 20).encode()
 
 
@@ -256,10 +323,17 @@ def test_odd_files_that_are_rows(desk, content):
 
 
 @pytest.mark.parametrize("index", [0, 6, 11])
-@pytest.mark.parametrize("value", [None, 5, {"a": 1}])
-def test_a_field_of_the_wrong_kind(desk, index, value):
-    desk.write_rows(with_row(index, {"instruction": "x", "input": "", "output": value}))
-    desk.refuses(f"Row {index} of `d.jsonl`", "`output`", "must be text")
+@pytest.mark.parametrize("row", [{"instruction": None, "output": "x"}, {"output": 5}, {"output": {"a": 1}}])
+def test_a_field_of_the_wrong_kind(desk, index, row):
+    desk.write_rows(with_row(index, {"instruction": "x", "input": "", **row}))
+    desk.refuses(f"Row {index} of `d.jsonl`", f"`{next(iter(row))}`", "must be text")
+
+
+def test_a_row_without_an_answer_is_dropped_and_counted(desk):
+    desk.write_rows(with_row(3, {"instruction": "x", "input": "", "output": None}))
+    code, said = desk.run("preprocess", "c.yml")
+    assert code == 0
+    assert "1 of 12 rows dropped: without a trained token" in said
 
 
 @pytest.mark.parametrize("index", [0, 6, 11])
@@ -348,6 +422,12 @@ def _set(**changes: Any) -> Callable[[Desk], None]:
         (_no_tokenizer, ("`base_model: m` holds no tokenizer", "tokenizer.json")),
         (_a_file_for_output, ("`output_dir: f/out` cannot be written", "f is a file")),
         (_a_file_for_the_cache, ("`dataset_prepared_path: f` cannot be written",)),
+        (_set(torch_compile=True, torch_compile_backend="inductr"), ("`torch_compile_backend: inductr`", "`inductor`")),
+        (_set(accelerator_config={"splt_batches": True}), ("`accelerator_config.splt_batches`", "`split_batches`")),
+        (_set(trainer_cls="json.JSONDecoder"), ("`trainer_cls: json.JSONDecoder` is no trainer",)),
+        (_set(num_epochs=0, max_steps=None), ("`num_epochs: 0` trains nothing",)),
+        (_set(logging_steps=0), ("`logging_steps: 0`", "above 0")),
+        (_set(hub_model_id="me/my model"), ("`hub_model_id: me/my model`", "owner/name")),
         (_set(sequence_len=8), ("no row is left to train on", "12 longer than `sequence_len: 8`")),
         (_set(val_set_size=100), ("`val_set_size: 100", "only 12")),
         (_set(lora_target_linear=False, lora_target_modules=["qproj"]), ("matches nothing", "Did you mean q_proj")),
@@ -375,9 +455,14 @@ def test_a_tokenizer_with_neither_padding_nor_end(desk):
 
 def test_commands_before_training(desk):
     desk.refuses("Train first", "--lora-model-dir", command=("merge-lora", "c.yml"))
-    code, said = desk.run("evaluate", "c.yml")
-    assert code == 0
-    assert "has no trained adapter" in said
+    desk.refuses("Train first", "--lora-model-dir", "--adapter null", command=("evaluate", "c.yml"))
+    (desk.folder / "out/checkpoint-3").mkdir(parents=True)
+    (desk.folder / "out/checkpoint-best").mkdir()
+    for command in ("merge-lora", "evaluate"):
+        desk.refuses("--lora-model-dir out/checkpoint-3", command=(command, "c.yml"))
+    code, said = desk.run("evaluate", "c.yml", "--adapter", "null")
+    assert code == 0, said
+    assert "the base model" in said
 
 
 def test_the_traceback_is_there_for_those_who_ask(desk, monkeypatch):

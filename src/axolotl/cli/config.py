@@ -17,9 +17,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.garbage import importing
 from axolotl.utils.logging import get_logger
 from axolotl.utils.temporary import temporary_folder
 
@@ -131,6 +131,8 @@ def find_config(config: str | Path) -> Path:
     Raises:
         ConfigError: there is no such file; names the nearest.
     """
+    if not str(config).strip():
+        raise ConfigError("The CONFIG argument is empty. Is the variable set that it comes from?")
     if str(config) == "-":
         from axolotl.cli.utils.read import parse_config
 
@@ -258,7 +260,7 @@ def read_cfg(config: str | Path | DictDefault, **kwargs: Any) -> tuple[DictDefau
     return cfg, path
 
 
-@without_garbage_collection()
+@importing()
 def check_cfg(cfg: DictDefault, path: Path | None = None, *, machine: dict[str, Any] | None = None) -> DictDefault:
     """Stages [2] and [3]: the plugins of a config loaded, and the config validated, for this machine or another one."""
     from axolotl.utils.config import validate_config
@@ -282,7 +284,7 @@ def _find_modules_here() -> None:
         sys.path.append(os.getcwd())
 
 
-@without_garbage_collection()
+@importing()
 def resolve_cfg(cfg: DictDefault) -> None:
     """Stage [4], in place: what the config means on this machine and for this model."""
     from axolotl.utils.config import normalize_cfg_datasets, normalize_config

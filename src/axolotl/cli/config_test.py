@@ -105,6 +105,13 @@ def test_missing_config_names_the_nearest(tmp_path):
         find_config("examples/none-such/lora.yml")
 
 
+@pytest.mark.parametrize("argument", ["", " "])
+def test_an_empty_argument_is_not_this_folder(written, monkeypatch, argument):
+    monkeypatch.chdir(written.parent)
+    with pytest.raises(ConfigError, match="CONFIG argument is empty"):
+        find_config(argument)
+
+
 def test_config_dir_variable(tmp_path, monkeypatch):
     (tmp_path / "lora.yml").write_text("a: 1")
     monkeypatch.setenv("AXOLOTL_CONFIG_DIR", str(tmp_path))

@@ -9,8 +9,8 @@ from axolotl.cli.args import EvaluateCliArgs
 from axolotl.cli.checks import check_accelerate_default_config
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
-from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.garbage import importing
 
 
 def do_cli(config: Path | str = Path("examples/"), **kwargs: Any) -> None:
@@ -35,12 +35,13 @@ def do_evaluate(cfg: DictDefault, cli_args: EvaluateCliArgs) -> dict[str, float]
     Returns:
         Metric -> value.
     """
-    with without_garbage_collection():
+    with importing():
         from axolotl.common.datasets import load_datasets, load_preference_datasets
-        from axolotl.evaluate import evaluate
+        from axolotl.evaluate import check_trained_result, evaluate
         from axolotl.integrations.base import PluginManager
 
     check_accelerate_default_config()
+    check_trained_result(cfg)
     dataset_meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets

@@ -6,7 +6,6 @@ command is named on the command line.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -16,6 +15,7 @@ import click
 
 from axolotl import __version__
 from axolotl._lazy import lazy_names
+from axolotl.utils.garbage import end_process, own_process
 
 # Name -> ("module:attribute", the line that `axolotl --help` shows).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -129,9 +129,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 when it went well, 2 for a misused command, 130 when interrupted, else 1."""
+    own_process()
     code = run(args)
-    if "triton" not in sys.modules:  # whose bindings report as leaked what is not collected at the end
-        gc.freeze()  # the interpreter would search every object for garbage on its way out: half a second with torch
+    end_process()
     sys.exit(code)
 
 
@@ -153,10 +153,9 @@ def run(args: list[str] | None = None) -> int:
 
         return report_error(error)
     finally:
-        # A program that calls this several times gets its streams back.
-        from axolotl.utils.tee import close_debug_log
-
-        close_debug_log()
+        # A program that calls this several times gets its streams back. `--help` opened no log and does not load what writes one.
+        if tee := sys.modules.get("axolotl.utils.tee"):
+            tee.close_debug_log()
 
 
 def run_module(command: str) -> NoReturn:

@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl.cli.config import find_config, load_cfg, read_config
 from axolotl.cli.utils.overrides import apply_overrides
+from axolotl.core.checkpoint import list_checkpoints
 from axolotl.exceptions import ConfigError, ModelError, NotBuiltError
 from axolotl.loaders import load_model_config, load_tokenizer
 from axolotl.loaders.model import read_dtype
@@ -139,7 +140,7 @@ def read_quantization(cfg: DictDefault, bits: int) -> FourBit | EightBit | None:
 def _check_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         return
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
+    checkpoints = list_checkpoints(folder)
     hint = f" The run has a checkpoint: `--lora-model-dir {checkpoints[-1]}`." if checkpoints else ""
     raise ModelError(
         f"`{folder}` holds no adapter (no adapter_config.json). Train first, or say where the adapter is with "

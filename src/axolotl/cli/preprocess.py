@@ -9,10 +9,10 @@ from typing import Any
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
-from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.garbage import importing
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -43,7 +43,7 @@ def do_preprocess(cfg: DictDefault, cli_args: PreprocessCliArgs) -> None:
         ConfigError: the rows of this config are prepared while training, so that there is nothing to do before.
     """
     check_can_be_prepared(cfg, cli_args)
-    with without_garbage_collection():
+    with importing():
         from axolotl.common.datasets import load_datasets, load_preference_datasets
         from axolotl.integrations.base import PluginManager
 

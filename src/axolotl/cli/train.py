@@ -11,8 +11,8 @@ from axolotl.cli.art import print_axolotl_text_art
 from axolotl.cli.checks import check_accelerate_default_config, check_user_token
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.args import split_cli_args
-from axolotl.cli.utils.startup import without_garbage_collection
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.garbage import importing
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -38,24 +38,25 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
         cfg: Dictionary mapping `axolotl` config keys to values.
         cli_args: Training-specific CLI arguments.
     """
-    with without_garbage_collection():
+    with importing():
         from axolotl.common.datasets import load_datasets, load_preference_datasets
         from axolotl.integrations.base import PluginManager
-        from axolotl.train import is_main_process, train
+        from axolotl.train import train
         from axolotl.utils.callbacks.trackers import check_trackers
+        from axolotl.utils.distributed import get_rank
 
     check_accelerate_default_config()
     if cfg.hub_model_id or cfg.push_dataset_to_hub:
         check_user_token()
     # A tracker that cannot start is found out before hours go into the data.
-    check_trackers(cfg, is_main_process=is_main_process())
+    check_trackers(cfg, is_main_process=get_rank() == 0)
     manager = PluginManager.get_instance()
     dataset_meta = manager.load_datasets(cfg, preprocess=False)
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets
         dataset_meta = load(cfg=cfg, cli_args=cli_args)
 
-    if is_main_process():
+    if get_rank() == 0:
         warn_of_memory(cfg, dataset_meta.train_dataset)
 
     model, tokenizer, trainer = train(cfg=cfg, dataset_meta=dataset_meta)

@@ -20,6 +20,8 @@ import click
 
 from axolotl.exceptions import AxolotlError, ConfigError
 
+MOST_PROBLEMS = 40  # of a config, that are listed
+
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 TERMINATED = 143  # the same for SIGTERM
 
@@ -74,9 +76,11 @@ def explain_error(error: BaseException) -> str:
         return "Interrupted."
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         # A problem of several lines stays under its number.
-        problems = [problem.replace("\n", "\n     ") for problem in error.problems]
+        problems = [problem.replace("\n", "\n     ") for problem in error.problems[:MOST_PROBLEMS]]
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-        return f"Error: the config has {len(error.problems)} problems:\n{lines}"
+        more = len(error.problems) - len(problems)
+        rest = f"\n  ... and {more:,} more." if more else ""
+        return f"Error: the config has {len(error.problems):,} problems:\n{lines}{rest}"
     if isinstance(error, AxolotlError):
         return f"Error: {error}"
     if _is_a(error, "torch", "OutOfMemoryError"):

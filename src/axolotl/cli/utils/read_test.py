@@ -4,10 +4,11 @@ import json
 import os
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl.cli.utils.read import parse_config
+from axolotl.cli.utils.read import LOADERS, parse_config
 from axolotl.exceptions import ConfigError
 
 
@@ -115,6 +116,42 @@ def test_request_body(monkeypatch, caplog):
     assert "unknown `input.credentials.aws`" in refusal(json.dumps(body))
     body["input"]["credentials"] = "x"
     assert "credentials" in refusal(json.dumps(body))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000 + "]" * 5000, "- " * 5000, "a: " + "{b: " * 5000])
+def test_no_depth_crashes_a_loader(loader, text):
+    with pytest.raises((RecursionError, yaml.YAMLError)):
+        yaml.load(text, loader)
+
+
+PIECES = [
+    *":-[]{},&*#|>'\"!~ \n",
+    "\n  ",
+    "\n- ",
+    ": ",
+    "<<: ",
+    "key",
+    "é",
+    "no",
+    "1e-3",
+    "0x1f",
+    "012",
+    "1_0",
+    "1:30",
+    "'a b'",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_what_the_fast_loader_reads_is_what_the_other_reads(text):
+    read = []
+    for loader in LOADERS:
+        try:
+            read.append(yaml.load(text, loader))
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+            return  # then the last of them says what is wrong
+    assert all(repr(one) == repr(read[0]) for one in read) or "!" in text  # `!` alone is null or an empty text
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))

@@ -313,6 +313,17 @@ def read_schedule(cfg: DictDefault) -> Schedule:
     )
 
 
+def read_loss_args(cfg: DictDefault) -> dict[str, Any]:
+    """How tokens are weighed, and in how many pieces rows go through head and loss."""
+    args: dict[str, Any] = {"loss_token_scaling": bool(cfg.liger_use_token_scaling)}
+    if cfg.use_eaft:
+        args["loss_entropy_top_k"] = cfg.eaft_k or 20
+        args["loss_entropy_alpha"] = 1.0 if cfg.eaft_alpha is None else cfg.eaft_alpha
+    if cfg.chunked_cross_entropy:
+        args["loss_num_chunks"] = cfg.chunked_cross_entropy_num_chunks or 8
+    return args
+
+
 def read_distributed_args(cfg: DictDefault) -> dict[str, Any]:
     """FSDP and DeepSpeed."""
     args: dict[str, Any] = {}

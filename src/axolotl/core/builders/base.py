@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from axolotl.core.builders import arguments as read
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import PluginManager
+from axolotl.loaders.utils import read_seed
 from axolotl.utils.callbacks.build import build_post_trainer_callbacks, build_pre_trainer_callbacks
 from axolotl.utils.data.steps import num_steps_of_run
 from axolotl.utils.dict import DictDefault, note_choice
@@ -81,7 +82,7 @@ class TrainerBuilderBase(abc.ABC):
             "max_steps": cfg.max_steps or (total_num_steps if cfg.pretraining_dataset or cfg.streaming else None) or -1,
             "warmup_steps": read.read_warmup_steps(cfg, total_num_steps),
             "logging_steps": read.read_logging_steps(cfg, total_num_steps),
-            "seed": cfg.seed if cfg.seed is not None else 42,
+            "seed": read_seed(cfg),
             # A loss that is not finite stops the run; hiding it in the average would not.
             "logging_nan_inf_filter": False,
             # The progress callback of this package writes the lines.
@@ -140,7 +141,13 @@ class TrainerBuilderBase(abc.ABC):
     def read_trainer_cls(self, default: type) -> type:
         """The trainer class: `trainer_cls` of the config, else a plugin's, else the default."""
         if self.cfg.trainer_cls:
-            return _import_class(self.cfg.trainer_cls)
+            chosen = _import_class(self.cfg.trainer_cls)
+            if not (isinstance(chosen, type) and issubclass(chosen, Trainer)):
+                raise ConfigError(
+                    f"`trainer_cls: {self.cfg.trainer_cls}` is no trainer: it must inherit from `transformers.Trainer`, best from "
+                    "`axolotl.core.trainers.base.AxolotlTrainer`."
+                )
+            return chosen
         return PluginManager.get_instance().get_trainer_cls(self.cfg) or default
 
     def create_trainer(self, trainer_cls: type, trainer_kwargs: dict[str, Any]) -> Trainer:

@@ -165,7 +165,9 @@ def test_an_argument_that_does_not_exist_is_named(tmp_path):
 def test_a_trainer_class_that_cannot_be_imported_is_named():
     with pytest.raises(ConfigError, match="no_such_module"):
         builder(trainer_cls="no_such_module.Trainer").read_trainer_cls(object)
-    assert builder(trainer_cls="collections.OrderedDict").read_trainer_cls(object).__name__ == "OrderedDict"
+    with pytest.raises(ConfigError, match="is no trainer"):
+        builder(trainer_cls="collections.OrderedDict").read_trainer_cls(object)
+    assert builder(trainer_cls="transformers.Trainer").read_trainer_cls(object).__name__ == "Trainer"
 
 
 def test_rl_is_refused():

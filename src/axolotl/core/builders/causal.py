@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from peft import PeftModel
 from transformers import Trainer
 
+from axolotl.core.builders.arguments import read_loss_args
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes
+from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes, what_would_help
 from axolotl.core.trainers.causal_loss import find_output_head, is_causal_lm
+from axolotl.core.trainers.utils import is_hub_name
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.exceptions import NotBuiltError, OutOfMemoryError
 from axolotl.integrations.base import PluginManager
+from axolotl.loaders.utils import plain_model
 from axolotl.utils.collators.build import build_collator
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
@@ -27,8 +29,6 @@ SAME_LOSS = (
     "flash_attn_cross_entropy",
 )
 
-DEFAULT_LOSS_CHUNKS = 8
-DEFAULT_ENTROPY_TOP_K = 20
 SERVED = "the loss that needs no package: the logits never exist, rows without a label are dropped before the head"
 
 
@@ -47,12 +47,7 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         kwargs = self.read_base_training_args(total_num_steps)
         kwargs["model_type"] = cfg.model_config_type
         self._note_loss()
-        kwargs["loss_token_scaling"] = bool(cfg.liger_use_token_scaling)
-        if cfg.use_eaft:
-            kwargs["loss_entropy_top_k"] = cfg.eaft_k or DEFAULT_ENTROPY_TOP_K
-            kwargs["loss_entropy_alpha"] = 1.0 if cfg.eaft_alpha is None else cfg.eaft_alpha
-        if cfg.chunked_cross_entropy:
-            kwargs["loss_num_chunks"] = cfg.chunked_cross_entropy_num_chunks or DEFAULT_LOSS_CHUNKS
+        kwargs.update(read_loss_args(cfg))
         args = self.build_training_args(AxolotlTrainingArguments, kwargs)
         trainer_cls = self.read_trainer_cls(AxolotlTrainer)
         trainer_kwargs: dict[str, Any] = {
@@ -67,14 +62,12 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         }
         if "eval_data_collator" in inspect.signature(trainer_cls.__init__).parameters:
             trainer_kwargs["eval_data_collator"] = self.build_collator(args, is_eval=True)
-            trainer_kwargs["dataset_tags"] = [
-                d.path for d in cfg.datasets or [] if d.path and "/" in d.path and d.path[0] not in "./~"
-            ]
+            trainer_kwargs["dataset_tags"] = [d.path for d in cfg.datasets or [] if is_hub_name(d.path)]
         return self.create_trainer(trainer_cls, trainer_kwargs)
 
     def _note_loss(self) -> None:
         """Record which loss it will be, as far as it can be told without running the model."""
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = plain_model(self.model)
         if is_causal_lm(base):
             found = find_output_head(base)
             name = "cross-entropy of full logits" if isinstance(found, str) else "fused linear cross-entropy"
@@ -128,9 +121,8 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         )
         if found is None:
             raise OutOfMemoryError(
-                f"`auto_find_batch_size: true`: not even `micro_batch_size: 1` fits, with `sequence_len: {self.cfg.sequence_len}`. Write "
-                "`gradient_checkpointing: true`, a smaller `sequence_len`, `adapter: lora`, or `load_in_4bit: true` with "
-                "`adapter: qlora`."
+                f"`auto_find_batch_size: true`: not even `micro_batch_size: 1` fits, with `sequence_len: {self.cfg.sequence_len}`. Try, "
+                f"one after the other: {what_would_help(self.cfg)}."
             )
         return found
 

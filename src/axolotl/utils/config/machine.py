@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 
 import torch
 
+from axolotl.exceptions import ConfigError
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.environment import cpu_computes_in_bf16, find_device_type, gpu_computes_in_bf16, use_tf32
 from axolotl.utils.logging import get_logger
@@ -31,7 +34,13 @@ def resolve_device(cfg: DictDefault) -> None:
     other rank keeps the model whole on its own device.
     """
     kind = _device_type(cfg)
+    written = str(cfg.device or kind)
     cfg.device = kind if kind in ("cpu", "mps") else f"{kind}:{cfg.local_rank or 0}"
+    if written.split(":")[0] != kind:
+        note_choice(cfg, "device", cfg.device, f"that of this machine; `device: {written}` is not used")
+        LOG.warning(
+            f"`device: {written}` is not used: this process computes on `{cfg.device}`. To hide GPUs, set CUDA_VISIBLE_DEVICES."
+        )
     if any(os.environ.get(name, "").lower() in ("1", "true") for name in ACCELERATE_PLACES):
         cfg.device_map = None
         note_choice(cfg, "device_map", None, "accelerate places the model")
@@ -40,6 +49,39 @@ def resolve_device(cfg: DictDefault) -> None:
     elif cfg.device_map is None:
         cfg.device_map = {"": "cpu"} if kind == "cpu" else "auto"
         note_choice(cfg, "device_map", cfg.device_map, f"one process, device `{cfg.device}`")
+
+
+def check_compile_backend(cfg: DictDefault) -> None:
+    """Raise `ConfigError` for a backend of the compiler that is not there."""
+    backend = cfg.torch_compile_backend
+    if not cfg.torch_compile or not backend:
+        return
+    import torch._dynamo  # the compiler takes a second to import
+
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        near = difflib.get_close_matches(backend, known, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(
+            f"`torch_compile_backend: {backend}` is no backend of this PyTorch; it has: {', '.join(sorted(known))}.{hint} The "
+            "default is `inductor`."
+        )
+
+
+def check_accelerator_config(cfg: DictDefault) -> None:
+    """Raise `ConfigError` for settings that `AcceleratorConfig` does not have, and switches that are neither true nor false."""
+    if not cfg.accelerator_config:
+        return
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    known = {field.name: field.default for field in dataclasses.fields(AcceleratorConfig)}
+    for name, value in cfg.accelerator_config.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"`accelerator_config.{name}` is unknown; it has: {', '.join(known)}.{hint}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise ConfigError(f"`accelerator_config.{name}: {value}` must be true or false.")
 
 
 def resolve_dtype(cfg: DictDefault) -> None:
@@ -62,7 +104,13 @@ def resolve_dtype(cfg: DictDefault) -> None:
         note_choice(cfg, "fp16", False, "`bf16` is on, and needs no loss scaling")
     elif cfg.bf16:
         cfg.fp16 = False
+    written = cfg.torch_dtype
     cfg.torch_dtype = _weight_dtype(cfg, kind)
+    if isinstance(written, str) and written.removeprefix("torch.") != str(cfg.torch_dtype).removeprefix("torch."):
+        LOG.warning(
+            f"`torch_dtype: {written}` is not used: weights are in {cfg.torch_dtype}. Write `bf16`, `fp16`, `bfloat16`, `float16` or "
+            "`float32`."
+        )
 
 
 def _weight_dtype(cfg: DictDefault, kind: str) -> torch.dtype:

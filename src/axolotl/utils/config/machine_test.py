@@ -44,3 +44,18 @@ def test_a_gpu_without_bf16_takes_fp16(monkeypatch):
     resolve_dtype(cfg)
     assert (cfg.torch_dtype, cfg.bf16, cfg.fp16) == (FP16, False, True)
     assert {entry["key"] for entry in cfg.resolution} == {"bf16", "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"), [("device", "tpu", "cpu:0"), ("torch_dtype", "float16", "torch.float32")]
+)
+def test_what_is_chosen_for_each_process_and_written_otherwise_is_said(key, value, same, monkeypatch):
+    said = []
+    monkeypatch.setattr(machine.LOG, "warning", said.append)
+    for written, expected in ((value, 1), (same, 0)):
+        said.clear()
+        cfg = DictDefault(bf16=False, **{key: written})
+        machine.resolve_device(cfg)
+        machine.resolve_dtype(cfg)
+        assert len(said) == expected
+        assert all(f"`{key}: {written}` is not used" in line for line in said)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+LOG = get_logger(__name__)
 
 # Model types of each family; a name that contains the family's word counts too.
 FAMILIES = {
@@ -24,6 +28,10 @@ def resolve_model_facts(cfg: DictDefault) -> None:
     Raises:
         ModelError: the model's config cannot be loaded.
     """
+    if cfg.revision_of_model and os.path.isdir(str(cfg.base_model)):
+        LOG.warning_once(
+            f"`revision_of_model: {cfg.revision_of_model}` has no effect: `base_model: {cfg.base_model}` is a folder on this machine."
+        )
     cfg.base_model_config = cfg.base_model_config or cfg.base_model
     cfg.tokenizer_config = cfg.tokenizer_config or cfg.base_model_config
     model_config = _load_config(cfg)
@@ -40,6 +48,9 @@ def resolve_model_facts(cfg: DictDefault) -> None:
 
 def _load_config(cfg: DictDefault) -> PretrainedConfig:
     """The model's config, or only what its file says of a plain model when nothing but rows is prepared."""
+    from axolotl.loaders.models_package import import_models
+
+    import_models()
     from axolotl.loaders.plain_config import only_prepares, read_plain_config
     from axolotl.loaders.utils import check_model_config, load_model_config, read_revision
 

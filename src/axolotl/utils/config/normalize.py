@@ -7,7 +7,14 @@ from pathlib import Path
 
 from axolotl.exceptions import ConfigError
 from axolotl.utils.config.batch import resolve_batch_size, resolve_eval_steps, resolve_save_steps
-from axolotl.utils.config.machine import resolve_device, resolve_dtype, resolve_tf32, resolve_world
+from axolotl.utils.config.machine import (
+    check_accelerator_config,
+    check_compile_backend,
+    resolve_device,
+    resolve_dtype,
+    resolve_tf32,
+    resolve_world,
+)
 from axolotl.utils.config.model_facts import resolve_model_facts
 from axolotl.utils.dict import DictDefault, note_choice
 
@@ -28,6 +35,8 @@ def normalize_config(cfg: DictDefault) -> None:
     resolve_world(cfg)
     resolve_batch_size(cfg)
     resolve_device(cfg)
+    check_compile_backend(cfg)
+    check_accelerator_config(cfg)
     resolve_dtype(cfg)
     resolve_tf32(cfg)
     resolve_save_steps(cfg)

@@ -16,7 +16,7 @@ from axolotl.utils.schemas.deprecated import DeprecatedParameters, apply_renames
 from axolotl.utils.schemas.distributed import DistributedConfig
 from axolotl.utils.schemas.enums import OPTIMIZERS, SCHEDULERS, RLType
 from axolotl.utils.schemas.errors import explain
-from axolotl.utils.schemas.fields import IGNORE_CASE, Int, Text, Words, key
+from axolotl.utils.schemas.fields import BLANK_IS_NONE, IGNORE_CASE, Int, Text, Words, key
 from axolotl.utils.schemas.integrations import (
     CometConfig,
     GradioConfig,
@@ -56,7 +56,7 @@ class RunConfig(Words):
         "Learn from preferences or rewards: dpo, gdpo, grpo, ipo, orpo, kto, simpo or ebft."
     )
     plugins: list[str] | None = key("Plugins, as importable paths, such as `axolotl.integrations.liger.LigerPlugin`.")
-    resume_from_checkpoint: Text | bool | None = key("Checkpoint to continue from.")
+    resume_from_checkpoint: Annotated[Text | bool | None, BLANK_IS_NONE] = key("Checkpoint to continue from.")
     auto_resume_from_checkpoints: bool | None = key(
         "Continue from the last whole checkpoint in `output_dir`, if there is one."
     )

@@ -40,7 +40,7 @@ class DataConfig(Words):
     )
     dataset_keep_in_memory: bool | None = key("Keep data in memory while preparing it.")
     dataloader_pin_memory: bool | None = key("Pin host memory for faster copies to the GPU.")
-    dataloader_num_workers: Int | None = key("Processes that load batches.", ge=0)
+    dataloader_num_workers: Int | None = key("Processes that load batches.", ge=0, le=1024)
     dataloader_prefetch_factor: Int | None = key("Batches each of them loads ahead.", ge=1)
     dataloader_drop_last: bool | None = key("Drop the last batch when it is not full.")
     accelerator_config: dict[str, Any] | None = key("Settings of accelerate's `AcceleratorConfig`.")

@@ -75,7 +75,8 @@ class ConversationFields(Words):
     """How a row is read as a conversation."""
 
     chat_template: ChatTemplate | str | None = key(
-        "Chat template: a name, `tokenizer_default`, `tokenizer_default_fallback_<name>` or `jinja`."
+        "Chat template: a name, `tokenizer_default`, `tokenizer_default:<name>` for one of several that the tokenizer has, "
+        "`tokenizer_default_fallback_<name>` or `jinja`."
     )
     chat_template_jinja: str | None = key("Jinja text of the chat template, or the path of a file with it.")
     field_messages: str | None = key("Column of the messages. Default: `messages`.")

@@ -24,6 +24,7 @@ WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
+    "zero_byte": "text without a zero byte",
     "unquoted_number": "text; put the number in quotes",
     "list_type": "a list",
     "tuple_type": "a list",
@@ -57,10 +58,8 @@ def explain(exc: ValidationError, data: Any) -> list[str]:
     for error in exc.errors(include_url=False):
         found.setdefault(key_path(error, data), []).append(error)
     # A value with several allowed shapes fails in each of them. Where one of them went deeper, it is the one meant.
-    deepest = [
-        path for path in found if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
-    ]
-    return [line for path in deepest for line in _lines(path, found[path])]
+    outer = {path[:length] for path in found for length in range(len(path))}
+    return [line for path, errors in found.items() if path not in outer for line in _lines(path, errors)]
 
 
 def key_path(error: ErrorDetails, data: Any) -> tuple[Any, ...]:

@@ -20,8 +20,10 @@ def lines(**changes):
     ("changes", "line"),
     [
         ({"lora_r": "abc"}, "`lora_r: abc` cannot be used: expected a whole number."),
+        ({"lora_r": 2**63}, f"`lora_r: {2**63}` cannot be used: expected a smaller number."),
         ({"sample_packing": "maybe"}, "`sample_packing: maybe` cannot be used: expected true or false."),
         ({"bf16": "fulll"}, "`bf16: fulll` cannot be used: expected auto, full or true or false. Did you mean `full`?"),
+        ({"output_dir": "a\0"}, "`output_dir: a\0` cannot be used: expected text without a zero byte."),
         ({"base_model": ["m"]}, "`base_model: ['m']` cannot be used: expected text."),
         ({"plugins": "a.B"}, "`plugins: a.B` cannot be used: expected a list."),
         ({"datasets": {"path": "d"}}, "`datasets: {'path': 'd'}` cannot be used: expected a list."),

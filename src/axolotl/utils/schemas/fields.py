@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -68,8 +68,20 @@ def refuse_boolean(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
+def refuse_beyond_64_bits(value: int) -> int:
+    """No library takes a larger number."""
+    if not -(2**63) <= value < 2**63:
+        raise PydanticCustomError("int_parsing_size", "a smaller number")
+    return value
+
+
 def number_as_text(value: Any) -> Any:
-    """A whole number stands for its digits. A float does not: `1e10` and `1.10` have lost how they were written."""
+    """A whole number stands for its digits. A float does not: `1e10` and `1.10` have lost how they were written.
+
+    No path and no name holds a zero byte.
+    """
+    if isinstance(value, str) and "\0" in value:
+        raise PydanticCustomError("zero_byte", "text without a zero byte")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
@@ -82,6 +94,10 @@ def lower_case(value: Any) -> Any:
     return value.strip().lower() or None if isinstance(value, str) else value
 
 
+def blank_is_none(value: Any) -> Any:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
 def upper_case(value: Any) -> Any:
     """An empty word is no word."""
     return value.strip().upper() or None if isinstance(value, str) else value
@@ -92,9 +108,10 @@ def no_as_text(value: Any) -> Any:
     return "no" if value is False else lower_case(value)
 
 
-Int = Annotated[int, BeforeValidator(refuse_boolean)]
+Int = Annotated[int, BeforeValidator(refuse_boolean), AfterValidator(refuse_beyond_64_bits)]
 Float = Annotated[float, BeforeValidator(refuse_boolean), AllowInfNan(False)]
 Text = Annotated[str, BeforeValidator(number_as_text, json_schema_input_type=str | int)]
 IGNORE_CASE = BeforeValidator(lower_case)
+BLANK_IS_NONE = BeforeValidator(blank_is_none)
 UPPER_CASE = BeforeValidator(upper_case)
 NO_IS_TEXT = BeforeValidator(no_as_text)

@@ -43,6 +43,7 @@ def read(text: str) -> AxolotlInputConfig:
         ("peft_layer_replication: [[0, 4], [2, 6]]\nadapter: lora", "peft_layer_replication", [(0, 4), (2, 6)]),
         ("added_tokens_overrides: {128041: '<a>'}", "added_tokens_overrides", {128041: "<a>"}),
         ("chat_template: tokenizer_default_fallback_chatml", "chat_template", "tokenizer_default_fallback_chatml"),
+        ("chat_template: tokenizer_default:rag", "chat_template", "tokenizer_default:rag"),
         ("num_epochs:", "num_epochs", 1.0),
         ("output_dir:", "output_dir", "./model-out"),
         ("bf16:", "bf16", None),

@@ -38,7 +38,7 @@ class LoraConfig(Words):
     )
     lora_model_dir: Text | None = key("Trained adapter to start from. To use a result, write its `output_dir`.")
     lora_r: Int | None = key("Rank of the LoRA matrices.", ge=1)
-    lora_alpha: Int | None = key("LoRA scale: the update is multiplied by `lora_alpha / lora_r`.")
+    lora_alpha: Int | None = key("LoRA scale: the update is multiplied by `lora_alpha / lora_r`.", gt=0)
     lora_fan_in_fan_out: bool | None = key("The base layers store their weights as (in, out), as in GPT-2.")
     lora_target_modules: str | list[str] | None = key("Names of the layers that get LoRA, or one regular expression.")
     lora_target_parameters: str | list[str] | None = key(

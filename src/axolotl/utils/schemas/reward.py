@@ -19,7 +19,7 @@ class RewardConfig(Words):
     reward_model: bool | None = key("Train a reward model.")
     process_reward_model: bool | None = key("Train a process reward model, which judges each step.")
     center_rewards_coefficient: Float | None = key("Pull the reward model's mean to zero; 0.01 is recommended.")
-    num_labels: Int | None = key("Outputs of a classification model.", ge=1)
+    num_labels: Int | None = key("Outputs of a classification model.", ge=1, le=1_000_000)
     rl_beta: Float | None = key("Beta of preference losses.", ge=0)
     rl_adapter_ref_model: bool | None = key(
         "Load a reference model beside an adapter instead of switching the adapter off for reference log probabilities."

@@ -44,7 +44,7 @@ class ScheduleConfig(Words):
         "A step without a finite loss or gradient is left out. `stop`: after `loss_watchdog_patience` in a row, save and end. "
         "`skip`: go on. `raise`: end at the first. Default: stop."
     )
-    logging_steps: Int | Float | None = key("Log every so many steps.", ge=0)
+    logging_steps: Int | Float | None = key("Log every so many steps.", gt=0)
     use_tensorboard: bool | None = key("Report to TensorBoard.")
     profiler_steps: Int | None = key("Record this many steps with PyTorch's profiler.", ge=1)
     profiler_steps_start: Int | None = key("First step to record.", 0, ge=0)
@@ -74,10 +74,13 @@ class ScheduleConfig(Words):
     generation_max_new_tokens: Int | None = key("Tokens generated per sample.", 50, ge=1)
     generation_temperature: Float | None = key("Sampling temperature.", 0.7, ge=0)
     generation_top_p: Float | None = key(
-        "Sample from the most probable tokens that sum to this. Default: as the model's generation config says."
+        "Sample from the most probable tokens that sum to this. Default: as the model's generation config says.",
+        gt=0,
+        le=1,
     )
     generation_top_k: Int | None = key(
-        "Sample from this many most probable tokens. Default: as the model's generation config says."
+        "Sample from this many most probable tokens. Default: as the model's generation config says.",
+        ge=0,
     )
     generation_prompt_ratio: Float | None = key(
         "Share of a row that is its prompt, for rows without a part that is not trained on.", 0.5, ge=0, le=1

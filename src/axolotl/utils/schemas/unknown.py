@@ -45,6 +45,9 @@ PLUGIN_OF_PREFIX = {
     "swanlab_": "axolotl.integrations.swanlab.SwanLabPlugin",
 }
 
+# With more unknown keys than this, the file is no config, and a search for what was meant takes seconds.
+MANY_UNKNOWN = 100
+
 # Lists whose entries are read with a model that depends on the entry and on `rl`.
 ENTRY_MODEL = {
     "datasets": dataset_model,
@@ -70,7 +73,7 @@ def unknown_keys(data: dict[str, Any], model: type[BaseModel]) -> tuple[list[str
             if data[name] is not None:
                 warnings.append(f"`{name}` has no effect any more: {OBSOLETE[name]}.")
             continue
-        errors.append(_message(path, name, known))
+        errors.append(_message(path, name, known, guess=len(errors) < MANY_UNKNOWN))
     if os.environ.get("AXOLOTL_UNKNOWN_KEYS", "").lower() == "warn":
         return [], [*warnings, *(f"{error} Ignored." for error in errors)]
     return errors, warnings
@@ -90,11 +93,11 @@ def _shape(name: str) -> str:
     return str(name).lower().replace("-", "_")
 
 
-def _message(path: str, name: str, known: frozenset[str]) -> str:
+def _message(path: str, name: str, known: frozenset[str], guess: bool) -> str:
     plugin = None if path else _plugin_of(name, known)
     if plugin:
         return f"`{name}` belongs to a plugin that is not listed. Add `{plugin}` under `plugins:`, or remove the key."
-    near = nearest(name, known)
+    near = nearest(name, known) if guess else None
     remedy = f"Did you mean `{path}{near}`?" if near else "Remove it, or see docs/config-reference.md."
     return f"`{path}{name}` is not a key of {'the config' if not path else f'`{path[:-1]}`'}. {remedy}"
 

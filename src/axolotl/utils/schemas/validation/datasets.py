@@ -15,6 +15,12 @@ LOG = get_logger(__name__)
 EMPTY_TEST_DATASET = "axolotl-ai-co/empty-test-ds"
 DATASET_LISTS = ("datasets", "test_datasets")
 
+# Most uses of a row per epoch.
+MOST_TIMES = 1000
+
+# A choice made for more entries than this names the first and the last.
+MANY_POSITIONS = 5
+
 
 def a_config_names_its_data(cfg: DictDefault) -> None:
     """One of `datasets` and `pretraining_dataset` is written."""
@@ -76,10 +82,16 @@ def a_chat_dataset_renders_with_the_tokenizers_template(cfg: DictDefault) -> Non
     if cfg.chat_template:
         return
     for key in DATASET_LISTS:
+        positions = []
         for position, dataset in enumerate(datasets_of(cfg, key)):
             if dataset.type == "chat_template" and not dataset.chat_template:
                 dataset["chat_template"] = "tokenizer_default"
-                note_choice(cfg, f"{key}[{position}].chat_template", "tokenizer_default", "no `chat_template` is set")
+                positions.append(str(position))
+        if positions:
+            where = (
+                ", ".join(positions) if len(positions) <= MANY_POSITIONS else f"{positions[0]}, ..., {positions[-1]}"
+            )
+            note_choice(cfg, f"{key}[{where}].chat_template", "tokenizer_default", "no `chat_template` is set")
 
 
 def split_chooses_the_part_of_a_dataset(cfg: DictDefault) -> None:
@@ -205,6 +217,12 @@ def a_weight_belongs_to_rows_that_are_trained(cfg: DictDefault) -> None:
                 f"`weight: {dataset.weight}` of the test dataset `{dataset.path}`: every row is evaluated once. Remove it."
             )
     weighted = [dataset for dataset in datasets_of(cfg, "datasets") if dataset.weight is not None]
+    many = [dataset for dataset in weighted if dataset.weight > MOST_TIMES and not cfg.streaming]
+    if many:
+        raise ConfigError(
+            f"`weight: {many[0].weight:g}` of dataset `{many[0].path}` would use each of its rows {many[0].weight:,g} times per epoch; at "
+            f"most {MOST_TIMES:,} is taken. A weight is no share: 2 uses every row twice, 0.5 every other row."
+        )
     if weighted and cfg.skip_prepare_dataset and not cfg.streaming:
         raise ConfigError(
             f"`weight: {weighted[0].weight}` of dataset `{weighted[0].path}` needs rows that are prepared. Remove it, or "

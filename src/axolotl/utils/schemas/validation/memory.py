@@ -32,6 +32,10 @@ def checkpointing_takes_known_arguments(cfg: DictDefault) -> None:
             f"`gradient_checkpointing_kwargs` has no argument {', '.join(f'`{name}`' for name in unknown)}. Known are "
             f"{', '.join(sorted(CHECKPOINT_ARGUMENTS))}."
         )
+    if kwargs.use_reentrant is not None and not isinstance(kwargs.use_reentrant, bool):
+        raise ConfigError(
+            f"`gradient_checkpointing_kwargs: {{use_reentrant: {kwargs.use_reentrant}}}` must be true or false, without quotes."
+        )
     if kwargs.use_reentrant is None:
         kwargs.use_reentrant = False
         note_choice(

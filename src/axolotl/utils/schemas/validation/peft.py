@@ -97,21 +97,30 @@ def lora_has_no_dropout_unless_set(cfg: DictDefault) -> None:
         )
 
 
-def lora_target_names_are_regular_expressions(cfg: DictDefault) -> None:
-    """Each entry of `lora_target_modules` compiles as a regular expression."""
-    if not isinstance(cfg.lora_target_modules, list):
-        return
-    broken = {}
-    for name in cfg.lora_target_modules:
-        try:
-            re.compile(str(name))
-        except re.error as err:
-            broken[name] = err
-    if broken:
-        listed = ", ".join(f"`{name}` ({err})" for name, err in broken.items())
-        raise ConfigError(
-            f"`lora_target_modules`: invalid regular expression patterns: {listed}. Escape special characters with a backslash."
-        )
+def lora_patterns_are_regular_expressions(cfg: DictDefault) -> None:
+    """What chooses layers by a regular expression compiles as one. Names in a list under `lora_exclude_modules` are plain."""
+    excluded = cfg.lora_exclude_modules
+    patterns = {
+        "lora_target_modules": cfg.lora_target_modules,
+        "lora_exclude_modules": excluded if isinstance(excluded, str) else None,
+        "lora_rank_pattern": list(cfg.lora_rank_pattern or ()),
+        "lora_alpha_pattern": list(cfg.lora_alpha_pattern or ()),
+    }
+    problems = []
+    for key, value in patterns.items():
+        broken = {}
+        for name in [value] if isinstance(value, str) else value or []:
+            try:
+                re.compile(str(name))
+            except re.error as err:
+                broken[name] = err
+        if broken:
+            listed = ", ".join(f"`{name}` ({err})" for name, err in broken.items())
+            problems.append(
+                f"`{key}`: invalid regular expression patterns: {listed}. Escape special characters with a backslash."
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def layers_to_transform_are_not_unfrozen_too(cfg: DictDefault) -> None:
@@ -398,7 +407,7 @@ CHECKS = (
     a_model_is_loaded_in_8_or_in_4_bits,
     qlora_trains_on_4_bits,
     lora_has_no_dropout_unless_set,
-    lora_target_names_are_regular_expressions,
+    lora_patterns_are_regular_expressions,
     layers_to_transform_are_not_unfrozen_too,
     lora_starts_in_a_known_way,
     a_start_that_changes_the_base_finds_whole_weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.utils.dict import DictDefault
@@ -11,8 +12,38 @@ from axolotl.utils.schemas.validation.common import fill
 
 LOG = get_logger(__name__)
 
+# `name` or `owner/name`.
+REPOSITORY = re.compile(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b")
+
 CAUSAL_LM_METRICS = ("sacrebleu", "comet", "ter", "chrf", "perplexity")
 TOKENS_OF_MISTRAL_COMMON = ("added_tokens_overrides", "special_tokens", "tokens", "chat_template", "processor_kwargs")
+
+
+def a_run_has_steps(cfg: DictDefault) -> None:
+    """`num_epochs: 0` without `max_steps` would save what it started with. A limit of no steps is no limit."""
+    limited = cfg.max_steps is not None and cfg.max_steps > 0
+    if cfg.num_epochs == 0 and not limited:
+        raise ConfigError("`num_epochs: 0` trains nothing. Write a number above 0, or `max_steps`.")
+    if cfg.max_steps is not None and not limited and cfg.max_steps != -1:
+        LOG.warning("`max_steps: %s` sets no limit, as -1 does: `num_epochs` says how long to train.", cfg.max_steps)
+
+
+def a_learning_rate_of_zero_learns_nothing(cfg: DictDefault) -> None:
+    """`learning_rate: 0` runs all steps and changes no weight, unless some have a rate of their own."""
+    own = (cfg.embedding_lr, cfg.lr_groups, cfg.loraplus_lr_embedding)
+    if cfg.learning_rate == 0 and not any(own):
+        LOG.warning("`learning_rate: 0` trains nothing: every weight stays as it is.")
+
+
+def repositories_have_names_that_the_hub_takes(cfg: DictDefault) -> None:
+    """What is pushed at the end of a run must not fail there for its name."""
+    for key in ("hub_model_id", "push_dataset_to_hub"):
+        name = cfg[key]
+        if name and (not REPOSITORY.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git")):
+            raise ConfigError(
+                f"`{key}: {name}` is no name of a repository: write `name` or `owner/name`, each of letters, digits, `-`, `_` and `.`, "
+                "neither starting nor ending with `-` or `.`, and at most 96 characters."
+            )
 
 
 def two_of_three_batch_sizes_are_known(cfg: DictDefault) -> None:
@@ -71,6 +102,16 @@ def reward_models_score_padded_rows(cfg: DictDefault) -> None:
         if cfg.pad_to_sequence_len is None:
             fill(cfg, "pad_to_sequence_len", True, "`reward_model: true`")
     _fill_classifier(cfg, "reward_model", num_labels=1, type_of_model="AutoModelForSequenceClassification")
+
+
+def a_classifier_learns_from_rewards(cfg: DictDefault) -> None:
+    """A class with a head that classifies writes no text, which is what a run learns unless it says otherwise."""
+    name = str(cfg.type_of_model or "")
+    other = cfg.reward_model or cfg.process_reward_model or cfg.trainer_cls or cfg.plugins
+    if name.endswith(("Classification", "QuestionAnswering")) and not other:
+        raise ConfigError(
+            f"`type_of_model: {name}` classifies, but this run trains a model to write text. Remove it, or write `reward_model: true`."
+        )
 
 
 def process_reward_models_judge_tokens(cfg: DictDefault) -> None:
@@ -150,12 +191,21 @@ def evaluations_are_given_once(cfg: DictDefault) -> None:
 def an_evaluation_needs_data(cfg: DictDefault) -> None:
     """`eval_steps` and `eval_strategy` need rows to evaluate on. `val_set_size: 0` contradicts them; left open, they do nothing."""
     wants_evaluation = cfg.eval_steps or (cfg.eval_strategy and cfg.eval_strategy != "no")
-    if cfg.val_set_size or cfg.test_datasets or not wants_evaluation:
+    if cfg.val_set_size or cfg.test_datasets:
+        return
+    if cfg.evals_per_epoch:
+        LOG.warning(
+            f"`evals_per_epoch: {cfg.evals_per_epoch}` has no effect: nothing to evaluate on. Write `val_set_size: 0.05` or `test_datasets:`."
+        )
+    if not wants_evaluation:
         return
     if cfg.val_set_size is None:
         LOG.warning(
             "`eval_steps` and `eval_strategy` have no effect: nothing to evaluate on. Write `val_set_size: 0.05` or `test_datasets:`."
         )
+        # With `val_set_size: 0`, which is filled in later, they would be refused when the checked config is read again.
+        for key in ("eval_steps", "eval_strategy"):
+            cfg.pop(key, None)
     else:
         raise ConfigError(
             f"eval_steps and eval_strategy are not supported with val_set_size == 0: nothing to evaluate on (`eval_steps: {cfg.eval_steps}`, "
@@ -262,11 +312,15 @@ def mistral_tokenizers_bring_their_own_tokens(cfg: DictDefault) -> None:
 
 
 CHECKS = (
+    a_run_has_steps,
+    a_learning_rate_of_zero_learns_nothing,
+    repositories_have_names_that_the_hub_takes,
     two_of_three_batch_sizes_are_known,
     evaluation_batches_are_best_like_training_batches,
     packed_batches_are_padded_to_one_length,
     reward_models_score_padded_rows,
     process_reward_models_judge_tokens,
+    a_classifier_learns_from_rewards,
     warmup_is_given_once,
     saves_are_given_once,
     the_best_checkpoint_needs_a_metric,
