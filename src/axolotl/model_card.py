@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from axolotl.core.trainers.utils import is_hub_name
 from axolotl.utils.dict import DictDefault
 
 HYPERPARAMETERS = (
@@ -78,12 +79,6 @@ def front_matter(cfg: DictDefault) -> str:
     if cfg.adapter:
         meta["tags"].append("lora" if "lora" in str(cfg.adapter) else str(cfg.adapter))
     return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---"
-
-
-def is_hub_name(path: Any) -> bool:
-    """Whether a dataset path looks like `owner/name` on the hub."""
-    text = str(path or "")
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
 
 
 def describe(cfg: DictDefault) -> str:

@@ -33,9 +33,10 @@ from axolotl.utils.data.steps import (
 )
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
-from axolotl.utils.forecast import GIB, Forecast, Remedy, Run, forecast, remedies
+from axolotl.utils.forecast import GIB, Forecast, Run, forecast
 from axolotl.utils.gpus import ASSUMED_GPU, GPUS, find_gpu
 from axolotl.utils.optimizers.table import check_optimizer
+from axolotl.utils.remedies import Remedy, remedies
 from axolotl.utils.samplers.utils import get_dataset_lengths
 from axolotl.utils.schedulers import learning_rates
 

@@ -8,6 +8,7 @@ describes, which need not be this one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -18,20 +19,23 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from axolotl.core.builders.causal import DEFAULT_LOSS_CHUNKS
-from axolotl.kernels.cross_entropy import CHUNK_ELEMENTS
-from axolotl.loaders.adapter import LORA_ADAPTERS, build_lora_config
+from axolotl.core.builders.arguments import read_loss_args
+from axolotl.core.trainers.causal_loss import chunk_limit
+from axolotl.kernels.cross_entropy import rows_at_once
+from axolotl.loaders.adapter_config import build_lora_config
 from axolotl.loaders.model import read_dtype, read_model_class
+from axolotl.loaders.utils import LORA_ADAPTERS
 from axolotl.model_support import read_model_support
 from axolotl.monkeypatch.compile_layers import runs_compiled
 from axolotl.monkeypatch.gradient_checkpointing.choose import why_not_offloaded_by_default
+from axolotl.monkeypatch.layer_graphs import records_layers
 from axolotl.monkeypatch.tiled_mlp import num_shards_for
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import LayerShape, Run
+from axolotl.utils.freeze import freeze_layers_except
 
 PAIRED_LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 REFERENCE_LOSSES = ("dpo", "ipo", "kto")
-LOSS_ROW_MULTIPLE = 128  # rows of a chunk of the loss on a GPU (axolotl.kernels.cross_entropy)
 KERNEL_PROJECTIONS = {
     "lora_mlp_kernel": {"gate_proj", "up_proj", "down_proj"},
     "lora_qkv_kernel": {"q_proj", "k_proj", "v_proj"},
@@ -47,6 +51,14 @@ def has_gpu(cfg: DictDefault) -> bool:
 def compiles_layers(cfg: DictDefault, config: PretrainedConfig) -> bool:
     """Whether the run will compile its layers: as written, or by default on the GPU that the config is resolved for."""
     return runs_compiled(cfg, config, has_gpu=has_gpu(cfg))
+
+
+def recorded_shapes(cfg: DictDefault, adapted: nn.Module) -> int:
+    """Shapes of a batch that the run will record: none without CUDA graphs; packed rows have two or three."""
+    num_processes = int((cfg.capabilities or DictDefault()).n_gpu or 1)
+    if not records_layers(cfg, adapted, has_gpu=has_gpu(cfg), num_processes=num_processes):
+        return 0
+    return 3 if cfg.sample_packing else 1
 
 
 def offloads_by_default(cfg: DictDefault, config: PretrainedConfig) -> bool:
@@ -67,12 +79,9 @@ def lora_kernels_that_fit(cfg: DictDefault, config: PretrainedConfig, layer: nn.
 
 
 def loss_rows(cfg: DictDefault, tokens: int, vocab: int, compute_bytes: int) -> int:
-    """Rows that go through head and loss at once, as `axolotl.kernels.cross_entropy.linear_cross_entropy` chooses them."""
-    limit = CHUNK_ELEMENTS
-    if cfg.chunked_cross_entropy:
-        limit = min(limit, -(-tokens // int(cfg.chunked_cross_entropy_num_chunks or DEFAULT_LOSS_CHUNKS)) * vocab)
-    rows = max(1, limit // vocab) * (2 if compute_bytes == 2 else 1)
-    return max(LOSS_ROW_MULTIPLE, rows // LOSS_ROW_MULTIPLE * LOSS_ROW_MULTIPLE)
+    """Rows that go through head and loss at once on a GPU."""
+    limit = chunk_limit(tokens, vocab, read_loss_args(cfg).get("loss_num_chunks"))
+    return rows_at_once(vocab, compute_bytes, limit, on_gpu=True)
 
 
 def build_blank_model(cfg: DictDefault, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Module]:
@@ -85,20 +94,20 @@ def build_blank_model(cfg: DictDefault, config: PretrainedConfig) -> tuple[PreTr
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     loader, model_class = read_model_class(cfg, config)
-    with torch.device("meta"):
-        build = getattr(loader, "from_config", None)
-        kwargs = {"trust_remote_code": bool(cfg.trust_remote_code)}
-        model: Any = build(config, **kwargs) if build else (model_class or transformers.AutoModelForCausalLM)(config)
-    if cfg.adapter in LORA_ADAPTERS:
-        # peft changes the model in place; the plain one is built a second time, which costs nothing here
+
+    def build() -> Any:
         with torch.device("meta"):
-            twin = build(config, **kwargs) if build else type(model)(config)
+            if hasattr(loader, "from_config"):
+                return loader.from_config(config, trust_remote_code=bool(cfg.trust_remote_code))
+            return (model_class or transformers.AutoModelForCausalLM)(config)
+
+    model = build()
+    if cfg.adapter in LORA_ADAPTERS:
+        twin = build()  # peft changes the model in place; another one costs nothing here
         lora_config = build_lora_config(twin, cfg)
         lora_config.init_lora_weights = True
         return model, get_peft_model(twin, lora_config, low_cpu_mem_usage=True)
     if cfg.unfrozen_parameters:
-        from axolotl.utils.freeze import freeze_layers_except
-
         freeze_layers_except(model, cfg.unfrozen_parameters)
     return model, model
 
@@ -114,86 +123,127 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, longe
     """
     config = model.config.get_text_config()
     is_adapter = adapted is not model
-    dtype = read_dtype(cfg)
-    compute = 2 if (cfg.bf16 or cfg.fp16 or dtype in (torch.bfloat16, torch.float16)) else 4
-    trained_bytes = 4 if is_adapter and cfg.peft_autocast_adapter_dtype is not False else dtype.itemsize
-    layers = decoder_layers(adapted)
-    fused = lora_kernels_that_fit(cfg, model.config, layers[0]) if is_adapter and layers else frozenset()
-    kernels = bool(fused)
-    own_copies = is_adapter and not kernels and (trained_bytes != compute or bool(cfg.lora_dropout))
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    intermediate = (getattr(config, "moe_intermediate_size", None) if experts > 1 else None) or getattr(
-        config, "intermediate_size", 4 * config.hidden_size
-    )
+    layer = next(iter(decoder_layers(adapted)), None)
+    kernels = lora_kernels_that_fit(cfg, model.config, layer) if is_adapter and layer is not None else frozenset()
+    glu = "mlp" if "lora_mlp_kernel" in kernels else "glu" if cfg.liger_glu_activation else "no"
     compiled = compiles_layers(cfg, model.config)
-    glu = "mlp" if "lora_mlp_kernel" in fused else "glu" if cfg.liger_glu_activation else "no"
-    ranks = sum(sum(m.r.values()) for m in layers[0].modules() if isinstance(m, LoraLayer)) if layers else 0
-    if compiled:
-        # Only peft's own adapters keep their inputs there, the output of attention in a copy of its own.
-        plain = layers and is_adapter and not kernels
-        inputs = linear_input_features(layers[0], own_copies=False) - ranks + heads * head_size if plain else 0
-    else:
-        recompute_mlp = glu == "mlp" or bool(cfg.tiled_mlp)
-        inputs = linear_input_features(layers[0], own_copies=own_copies, recompute_mlp=recompute_mlp) if layers else 0
-    layer = LayerShape(
-        hidden=config.hidden_size,
-        intermediate=intermediate or 4 * config.hidden_size,
-        attention=heads * head_size,
-        key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        active_experts=experts,
-        gated=any("gate" in name for name, _ in layers[0].named_parameters()) if layers else True,
-        num_norms=_count_norms(layers[0], config.hidden_size) if layers else 2,
-        linear_inputs=inputs,
-        ranks=ranks,
-    )
+    formats = _read_number_formats(cfg, is_adapter)
+    shape = _read_widths(config)
+    if layer is not None:
+        copies = formats["trained_bytes"] != formats["compute_bytes"] or bool(cfg.lora_dropout)
+        shape = dataclasses.replace(
+            shape,
+            **_measure_layer(
+                layer,
+                shape,
+                is_adapter=is_adapter,
+                compiled=compiled,
+                kernels=bool(kernels),
+                own_copies=is_adapter and not kernels and copies,
+                recompute_mlp=glu == "mlp" or bool(cfg.tiled_mlp),
+            ),
+        )
     row_length = int(cfg.sequence_len or config.max_position_embeddings)
     if longest and not cfg.sample_packing and not cfg.pad_to_sequence_len:
         row_length = min(row_length, longest)
     tokens = int(cfg.micro_batch_size or 1) * row_length
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
-    bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else 16
-    weights, gradients, optimizer = _shards(cfg)
-    head = adapted.get_output_embeddings()
-    bnb = cfg.bnb_config_kwargs or DictDefault()
     return Run(
-        layer=layer,
+        layer=shape,
         num_layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         tokens=tokens,
         row_length=row_length,
-        num_params=sum(p.numel() for p in adapted.parameters()),
-        num_trained=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        num_quantized=sum(m.weight.numel() for m in linears),
-        largest_linear=max((m.weight.numel() for m in linears), default=0),
-        embedding_params=model.get_input_embeddings().weight.numel(),
-        trained_embeddings=sum(
-            m.weight.numel() for m in adapted.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad
-        ),
         is_adapter=is_adapter,
-        compute_bytes=compute,
-        weight_bytes=dtype.itemsize,
-        trained_bytes=trained_bytes,
-        weight_bits=bits,
-        double_quant=bnb.bnb_4bit_use_double_quant is not False,
         optimizer=str(cfg.optimizer or "adamw_torch_fused"),
-        **_read_memory_knobs(cfg, model.config, row_length),
         attention_kind="eager" if cfg.attn_implementation == "eager" else "flash",
-        num_heads=heads,
+        num_heads=config.num_attention_heads,
         compiled=compiled,
-        lora_kernels=kernels,
+        recorded_shapes=recorded_shapes(cfg, adapted),
+        lora_kernels=bool(kernels),
         fused_norm=bool(cfg.liger_rms_norm),
         fused_glu=glu,
-        loss_rows=loss_rows(cfg, tokens, config.vocab_size, compute),
+        loss_rows=loss_rows(cfg, tokens, config.vocab_size, formats["compute_bytes"]),
         fused_loss=not cfg.rl and not cfg.reward_model,
-        head_trained=any(p.requires_grad for p in head.parameters()) if head is not None else False,
         num_sequences_factor=2 if cfg.rl in PAIRED_LOSSES else 1,
         reference_copy=cfg.rl in REFERENCE_LOSSES and not is_adapter,
-        shard_weights=weights,
-        shard_gradients=gradients,
-        shard_optimizer=optimizer,
+        **formats,
+        **_count_weights(model, adapted),
+        **_read_memory_knobs(cfg, model.config, row_length),
+        **_read_shards(cfg),
     )
+
+
+def _read_number_formats(cfg: DictDefault, is_adapter: bool) -> dict[str, Any]:
+    """Bytes of numbers, as arguments of `Run`."""
+    dtype = read_dtype(cfg)
+    is_half = cfg.bf16 or cfg.fp16 or dtype in (torch.bfloat16, torch.float16)
+    return {
+        "compute_bytes": 2 if is_half else 4,
+        "weight_bytes": dtype.itemsize,
+        "trained_bytes": 4 if is_adapter and cfg.peft_autocast_adapter_dtype is not False else dtype.itemsize,
+        "weight_bits": 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else 16,
+        "double_quant": (cfg.bnb_config_kwargs or DictDefault()).bnb_4bit_use_double_quant is not False,
+    }
+
+
+def _count_weights(model: PreTrainedModel, adapted: nn.Module) -> dict[str, Any]:
+    """Elements of weights, as arguments of `Run`."""
+    output = model.get_output_embeddings()
+    linears = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+    embeddings = [m.weight for m in adapted.modules() if isinstance(m, nn.Embedding)]
+    head: nn.Module | None = adapted.get_output_embeddings()  # type: ignore[operator]
+    return {
+        "num_params": sum(p.numel() for p in adapted.parameters()),
+        "num_trained": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "num_quantized": sum(linears),
+        "largest_linear": max(linears, default=0),
+        "embedding_params": model.get_input_embeddings().weight.numel(),
+        "trained_embeddings": sum(weight.numel() for weight in embeddings if weight.requires_grad),
+        "head_trained": head is not None and any(p.requires_grad for p in head.parameters()),
+    }
+
+
+def _read_widths(config: Any) -> LayerShape:
+    """A decoder layer as its config describes it."""
+    sizes = config.to_dict()
+    heads = config.num_attention_heads
+    head_size = sizes.get("head_dim") or config.hidden_size // heads
+    experts = sizes.get("num_experts_per_tok") or 1
+    of_expert = sizes.get("moe_intermediate_size") if experts > 1 else None
+    return LayerShape(
+        hidden=config.hidden_size,
+        intermediate=of_expert or sizes.get("intermediate_size") or 4 * config.hidden_size,
+        attention=heads * head_size,
+        key_value=(sizes.get("num_key_value_heads") or heads) * head_size,
+        active_experts=experts,
+    )
+
+
+def _measure_layer(
+    layer: nn.Module,
+    shape: LayerShape,
+    *,
+    is_adapter: bool,
+    compiled: bool,
+    kernels: bool,
+    own_copies: bool,
+    recompute_mlp: bool,
+) -> dict[str, Any]:
+    """What only the modules of a layer tell, as arguments of `LayerShape`."""
+    ranks = sum(sum(module.r.values()) for module in layer.modules() if isinstance(module, LoraLayer))
+    if not compiled:
+        inputs = linear_input_features(layer, own_copies=own_copies, recompute_mlp=recompute_mlp)
+    elif is_adapter and not kernels:
+        # Only peft's own adapters keep their inputs there, the output of attention in a copy of its own.
+        inputs = linear_input_features(layer, own_copies=False) - ranks + shape.attention
+    else:
+        inputs = 0
+    return {
+        "gated": any("gate" in name for name, _ in layer.named_parameters()),
+        "num_norms": count_norms(layer, shape.hidden),
+        "linear_inputs": inputs,
+        "ranks": ranks,
+    }
 
 
 def _read_memory_knobs(cfg: DictDefault, config: PretrainedConfig, row_length: int) -> dict[str, Any]:
@@ -253,22 +303,21 @@ def linear_input_features(layer: nn.Module, *, own_copies: bool, recompute_mlp: 
     return total + sum(seen.values())
 
 
-def _count_norms(layer: nn.Module, hidden: int) -> int:
-    return sum(
-        1 for module in layer.modules() if "norm" in type(module).__name__.lower() and
-        any(p.shape == (hidden,) for p in module.parameters(recurse=False))
-    )  # fmt: skip
+def count_norms(layer: nn.Module, hidden: int) -> int:
+    """Normalisations of a layer whose weight is as wide as the hidden states."""
+    norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
+    return sum(any(p.shape == (hidden,) for p in norm.parameters(recurse=False)) for norm in norms)
 
 
-def _shards(cfg: DictDefault) -> tuple[int, int, int]:
-    """Over how many GPUs weights, gradients and optimizer states are split."""
+def _read_shards(cfg: DictDefault) -> dict[str, Any]:
+    """Over how many GPUs weights, gradients and optimizer states are split, as arguments of `Run`."""
     world = int(cfg.world_size or 1)
+    stage = 0  # of ZeRO: 1 splits the states, 2 the gradients too, 3 the weights too
     if cfg.fsdp_config or cfg.fsdp or (cfg.dp_shard_size or 1) > 1:
-        size = int(cfg.dp_shard_size or world)
-        return size, size, size
-    stage = 0
-    if isinstance(cfg.deepspeed, dict):
+        world, stage = int(cfg.dp_shard_size or world), 3
+    elif isinstance(cfg.deepspeed, dict):
         stage = int((cfg.deepspeed.get("zero_optimization") or {}).get("stage") or 0)
     elif cfg.deepspeed:
         stage = next((number for number in (3, 2, 1) if f"zero{number}" in str(cfg.deepspeed)), 0)
-    return world if stage == 3 else 1, world if stage >= 2 else 1, world if stage >= 1 else 1
+    parts = {"shard_optimizer": 1, "shard_gradients": 2, "shard_weights": 3}
+    return {part: world if stage >= needed else 1 for part, needed in parts.items()}

@@ -17,7 +17,8 @@ from axolotl.cli.merge_lora import do_cli as merge_lora
 from axolotl.common.datasets import load_datasets
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.loaders import ModelLoader, load_tokenizer
-from axolotl.train import count_parameters, setup_model_and_trainer, train
+from axolotl.loaders.quantization import count_parameters
+from axolotl.train import setup_model_and_trainer, train
 from axolotl.utils.distributed import gather_from_all_ranks
 from tests.integration.training_runs import run_on_ranks
 from tests.tiny import make_tiny_base

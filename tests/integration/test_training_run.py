@@ -179,24 +179,33 @@ def interfere():
     manager.plugins.update(before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_with_its_code(config, interfere, number):
+PLAIN_TRAINER = {"trainer_cls": "transformers.Trainer"}
+
+
+@pytest.mark.parametrize(
+    ("number", "keys"), [(signal.SIGINT, {}), (signal.SIGTERM, {}), (signal.SIGTERM, PLAIN_TRAINER)]
+)
+def test_a_signal_saves_and_leaves_with_its_code(config, interfere, number, keys):
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 os.kill(os.getpid(), number)
 
-    cfg = config(max_steps=50)
-    handler = signal.getsignal(number)
+    cfg = config(max_steps=50, **keys)
+    inherited = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests in the background may ignore it
     interfere(Signal())
-    with pytest.raises(SystemExit) as exit_info:
-        run(cfg)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            run(cfg)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
     assert exit_info.value.code == 128 + number
-    assert signal.getsignal(number) is handler
     last = find_last_whole_checkpoint(cfg.output_dir)
     assert last is not None
     assert last.name == "checkpoint-2"
     assert (Path(cfg.output_dir) / "model.safetensors").is_file()
+    assert (Path(cfg.output_dir) / "report.html").is_file()
 
 
 def test_out_of_memory_names_the_keys_to_change(config, interfere):

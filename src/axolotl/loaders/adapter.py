@@ -1,7 +1,6 @@
 """Adapters: LoRA, QLoRA and those that plugins bring.
 
-In: a model of transformers and the `lora_*` and `peft_*` keys. Out: a `PeftModel` and its config. Targets are checked
-against the model before peft sees them, because peft is silent about a name that matches nothing beside one that matches.
+In: a model of transformers and the `lora_*` and `peft_*` keys. Out: a `PeftModel` and its config.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from axolotl.loaders.adapter_config import (
 )
 from axolotl.loaders.adapter_init import load_trained, save_as_difference, start_with_loftq, takes_out_of_base
 from axolotl.loaders.data_starts import DATA_STARTS, DataStart, start_from_data, take_ranks
+from axolotl.loaders.utils import LORA_ADAPTERS
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 
@@ -44,8 +44,6 @@ __all__ = [
 ]
 
 LOG = get_logger(__name__)
-
-LORA_ADAPTERS = ("lora", "qlora")
 
 
 def _quantized_4bit_parameters(model: nn.Module) -> Iterable[Any]:

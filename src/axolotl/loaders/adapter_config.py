@@ -116,6 +116,15 @@ def _check_modules_to_save(model: nn.Module, modules: list[str]) -> None:
         raise _explain_no_match("lora_modules_to_save", missing, names)
 
 
+def _check_target_parameters(model: nn.Module, parameters: list[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    missing = [parameter for parameter in parameters if not _match_modules(names, parameter)]
+    if len(missing) == len(parameters):
+        raise _explain_no_match("lora_target_parameters", parameters, names)
+    if missing:
+        LOG.warning(f"`lora_target_parameters`: {', '.join(missing)} match nothing in the model; the others do.")
+
+
 def read_loftq_bits(cfg: DictDefault) -> int | None:
     """Bits of LoftQ, or None when it is not asked for."""
     loftq = cfg.peft.loftq_config if cfg.peft else None
@@ -187,6 +196,13 @@ def _warn_of_idle_patterns(model: nn.Module, cfg: DictDefault) -> None:
         ]
         if idle:
             LOG.warning(f"`{key}`: {', '.join(idle)} match nothing in the model.")
+    excluded = cfg.lora_exclude_modules or []
+    if isinstance(excluded, str):
+        idle = [] if any(re.fullmatch(excluded, name) for name in names) else [excluded]
+    else:
+        idle = [name for name in excluded if not _match_modules(names, name)]
+    if idle:
+        LOG.warning(f"`lora_exclude_modules`: {', '.join(idle)} match nothing in the model.")
 
 
 def build_lora_config(model: PreTrainedModel, cfg: DictDefault) -> LoraConfig:
@@ -204,12 +220,7 @@ def build_lora_config(model: PreTrainedModel, cfg: DictDefault) -> LoraConfig:
             f"`adapter: {cfg.adapter}` has no target. Write `lora_target_linear: true`, or list layers under `lora_target_modules`."
         )
     if parameters:
-        names = [name for name, _ in model.named_parameters()]
-        if not any(_match_modules(names, parameter) for parameter in parameters):
-            raise _explain_no_match("lora_target_parameters", parameters, names)
-        missing = [parameter for parameter in parameters if not _match_modules(names, parameter)]
-        if missing:
-            LOG.warning(f"`lora_target_parameters`: {', '.join(missing)} match nothing in the model; the others do.")
+        _check_target_parameters(model, parameters)
     _check_numbers(model, cfg)
     if cfg.lora_modules_to_save:
         _check_modules_to_save(model, list(cfg.lora_modules_to_save))

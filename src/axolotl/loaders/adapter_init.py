@@ -36,7 +36,8 @@ from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
-ADAPTER = "default"
+ADAPTER = "default"  # the name that peft gives an adapter
+PEFT_PREFIX = "base_model.model."  # of the names of a model's parameters, once it is adapted
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The dimension that holds the rank, by the kind of matrix.
 _RANK_DIMS = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}

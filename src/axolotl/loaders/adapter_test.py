@@ -94,6 +94,15 @@ def test_errors_of_the_config(model) -> None:
         load_adapter(model, config(), "mystery")
 
 
+@pytest.mark.parametrize("excluded", ["nope.*", ["q_proj", "nope"]])
+def test_exclusions_that_exclude_nothing_are_said(model, excluded, monkeypatch) -> None:
+    said = []
+    monkeypatch.setattr("axolotl.loaders.adapter_config.LOG.warning", said.append)
+    build_lora_config(model, config(lora_target_linear=True, lora_exclude_modules=excluded))
+    assert len(said) == 1
+    assert said[0].startswith("`lora_exclude_modules`: nope")
+
+
 def test_every_key_reaches_peft(model) -> None:
     built = build_lora_config(
         model,

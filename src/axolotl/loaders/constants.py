@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-# Loaders of images and text, by `model_type`, for configs whose auto class is not `AutoModelForCausalLM`.
-MULTIMODAL_AUTO_MODEL = "AutoModelForImageTextToText"
+# Auto classes where the config names none: of models that read text, and of those that read images too.
 DEFAULT_AUTO_MODEL = "AutoModelForCausalLM"
+MULTIMODAL_AUTO_MODEL = "AutoModelForImageTextToText"

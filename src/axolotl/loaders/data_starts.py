@@ -32,7 +32,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from axolotl.exceptions import ConfigError
-from axolotl.loaders.adapter_init import ADAPTER, CONFIG, lora_layers, start_from
+from axolotl.loaders.adapter_init import ADAPTER, CONFIG, PEFT_PREFIX, lora_layers, start_from
 from axolotl.utils.distributed import compute_and_broadcast
 from axolotl.utils.logging import get_logger
 
@@ -45,7 +45,6 @@ STATISTICS_BYTES = 4 * 2**30
 EXACT_SIZE = 1024  # of a matrix that is decomposed in full
 EVA_RHO = 2.0  # a layer gets at most this times its rank
 LORA_GA_GAMMA = 16.0
-PREFIX = "base_model.model."
 
 # Layer -> (A0, B0): float32, on the CPU.
 Starts = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -140,7 +139,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _say_missing(method: str, layers: dict[str, Any], found: Mapping[str, Any]) -> None:
-    missing = [name.removeprefix(PREFIX) for name in layers if name not in found]
+    missing = [name.removeprefix(PEFT_PREFIX) for name in layers if name not in found]
     if missing:
         LOG.warning(
             f"`peft_init_lora_weights: {method}`: no token of the rows reached {len(missing)} layers, such as `{missing[0]}`, "
@@ -235,7 +234,7 @@ def measure_inputs(
             for name, first in _shared_inputs(model, layers, batch).items():
                 first_of.setdefault(name, first_of.get(first, first))
         owners = dict.fromkeys(first_of.values())
-        sizes = {name: 4 * _width(layers[name]) ** 2 for name in owners}
+        sizes = {name: 4 * layers[name].in_features ** 2 for name in owners}
         for group in _groups(sizes):
             moments: dict[str, Moments] = {}
             current: dict[str, torch.Tensor] = {}
@@ -268,10 +267,6 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _width(module: Any) -> int:
-    return module.in_features
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -373,8 +368,8 @@ def _start_eva(
     config = copy.deepcopy(config)
     # The scale of a layer stays what it was: alpha / r, or alpha / sqrt(r).
     power = 0.5 if config.use_rslora else 1.0
-    config.rank_pattern = {name.removeprefix(PREFIX): rank for name, rank in chosen.items() if rank != config.r}
-    alphas = {name.removeprefix(PREFIX): scales[name] * rank**power for name, rank in chosen.items()}
+    config.rank_pattern = {name.removeprefix(PEFT_PREFIX): rank for name, rank in chosen.items() if rank != config.r}
+    alphas = {name.removeprefix(PEFT_PREFIX): scales[name] * rank**power for name, rank in chosen.items()}
     config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)}
     adapted = adapt(model.unload(), config)
     for name, module in lora_layers(adapted):
@@ -456,7 +451,7 @@ def _lora_ga(model: PeftModel, layers: dict[str, Any], rows: list[dict[str, torc
 def _check_rank(name: str, rank: int, weight_OI: torch.Tensor, needed: int) -> None:
     if needed > min(weight_OI.shape):
         raise ConfigError(
-            f"`lora_r: {rank}` is too large for the layer `{name.removeprefix(PREFIX)}` with {weight_OI.shape[0]} x "
+            f"`lora_r: {rank}` is too large for the layer `{name.removeprefix(PEFT_PREFIX)}` with {weight_OI.shape[0]} x "
             f"{weight_OI.shape[1]} weights: its start needs {needed} directions. Lower `lora_r`, or give the layer less in "
             "`lora_rank_pattern`."
         )

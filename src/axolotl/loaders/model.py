@@ -10,26 +10,28 @@ import math
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from axolotl.exceptions import ConfigError, ModelError
+from axolotl.exceptions import AxolotlError, ConfigError, ModelError
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import quantization
-from axolotl.loaders.adapter import LORA_ADAPTERS, cast_for_half_precision_attention, freeze_base, load_adapter
+from axolotl.loaders.adapter import cast_for_half_precision_attention, freeze_base, load_adapter
 from axolotl.loaders.constants import DEFAULT_AUTO_MODEL, MULTIMODAL_AUTO_MODEL
 from axolotl.loaders.data_starts import DataStart
 from axolotl.loaders.patch_manager import PatchManager
 from axolotl.loaders.utils import (
+    LORA_ADAPTERS,
     ensure_dtype,
     explain_load_error,
+    find_class,
     get_linear_embedding_layers,
     load_model_config,
     read_base_model,
     read_revision,
+    read_seed,
 )
 from axolotl.monkeypatch.attention.table import check_packing, resolve_attention
 from axolotl.utils.dict import DictDefault, note_choice
@@ -40,7 +42,6 @@ LOG = get_logger(__name__)
 
 # Preference trainers put the adapter on themselves, so that the plain model can serve as the reference.
 _TRAINER_ADAPTS = ("dpo", "ipo", "kto")
-DEFAULT_SEED = 42
 
 
 def read_dtype(cfg: DictDefault, *, inference: bool = False) -> torch.dtype:
@@ -75,9 +76,7 @@ def read_model_class(cfg: DictDefault, config: PretrainedConfig) -> tuple[Any, t
     """
     default = MULTIMODAL_AUTO_MODEL if cfg.is_multimodal else DEFAULT_AUTO_MODEL
     name = cfg.type_of_model or default
-    loader = getattr(transformers, name, None)
-    if loader is None:
-        raise ConfigError(f"`type_of_model: {name}` is not a class of transformers. Write `{default}`.")
+    loader = find_class("type_of_model", name, default)
     if isinstance(loader, type) and issubclass(loader, PreTrainedModel):
         return loader, loader
     if cfg.trust_remote_code and getattr(config, "auto_map", None):
@@ -192,11 +191,22 @@ class ModelLoader:
                 f"`overrides_of_model_kwargs: {dict(self.cfg.overrides_of_model_kwargs)}` has an argument that the model does not "
                 f"take: {error}."
             ) from error
+        except AxolotlError:
+            raise
+        except ImportError as error:
+            key = "attn_implementation" if "/" in str(self.attn_implementation) else "base_model"
+            value = self.attn_implementation if key == "attn_implementation" else base_model
+            raise ModelError(f"`{key}: {value}` needs a package that is not installed: {error}") from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if self.cfg.overrides_of_model_config and "mismatched_sizes" in str(error):
                 raise ConfigError(
                     f"`overrides_of_model_config: {dict(self.cfg.overrides_of_model_config)}` makes weights of other shapes than "
                     f"those of `base_model: {base_model}`. Remove it, or write `reinit_weights: true` to start from random weights."
+                ) from error
+            if self.cfg.overrides_of_model_config and isinstance(error, KeyError):
+                raise ConfigError(
+                    f"`overrides_of_model_config: {self.cfg.overrides_of_model_config.to_dict()}` asks for {error}, which this version of "
+                    "transformers does not know."
                 ) from error
             raise explain_load_error(base_model, "base_model", error) from error
         quantization.keep_4bit_layout(model)
@@ -211,17 +221,17 @@ class ModelLoader:
 
     def _build_random(self, loader: Any) -> PreTrainedModel:
         """Random weights from the model's config, the same for the same `seed` on every rank."""
-        seed = self.cfg.seed if self.cfg.seed is not None else DEFAULT_SEED
-        build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
+        seed = read_seed(self.cfg)
+        is_auto = hasattr(loader, "from_config")
+        build = loader.from_config if is_auto else loader._from_config
+        keywords = {"trust_remote_code": True} if is_auto and self.cfg.trust_remote_code else {}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build(
                 self.model_config,
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
-                **(
-                    {"trust_remote_code": True} if self.cfg.trust_remote_code and hasattr(loader, "from_config") else {}
-                ),
+                **keywords,
             )
         note_choice(self.cfg, "base_model", "random weights", f"`reinit_weights: true`, seed {seed}")
         return model if self._is_sharded or self.cfg.deepspeed else model.to(self._device)

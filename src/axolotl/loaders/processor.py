@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from axolotl.exceptions import ConfigError
-from axolotl.loaders.utils import explain_load_error, read_revision
+from axolotl.loaders.utils import explain_load_error, find_class, read_revision
 from axolotl.utils.dict import DictDefault
 
 
@@ -25,11 +23,7 @@ def load_processor(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase) -> Proc
         ModelError: the processor cannot be read.
     """
     source = cfg.processor_config or cfg.base_model
-    processor_class: Any = getattr(transformers, cfg.processor_type, None) if cfg.processor_type else AutoProcessor
-    if processor_class is None:
-        raise ConfigError(
-            f"`processor_type: {cfg.processor_type}` is not a class of transformers. Write `AutoProcessor`."
-        )
+    processor_class = find_class("processor_type", cfg.processor_type, "AutoProcessor")
     keywords: dict[str, Any] = dict(cfg.processor_kwargs or {})
     keywords["trust_remote_code"] = bool(cfg.trust_remote_code)
     revision = read_revision(cfg, source)

@@ -23,6 +23,20 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def num_values(parameter: nn.Parameter) -> int:
+    """Values of a weight. One in 4 bits is stored in fewer and larger elements."""
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes
+    if state:
+        return state.shape.numel()
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model, by their values."""
+    trainable = sum(num_values(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(map(num_values, model.parameters()))
+
+
 def read_quantization_config(cfg: DictDefault, model_config: PretrainedConfig, dtype: torch.dtype) -> Any | None:
     """What `from_pretrained` is given as `quantization_config`, or None for plain and for already quantized weights.
 

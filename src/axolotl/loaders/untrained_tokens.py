@@ -8,9 +8,38 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch.utils.data import IterableDataset
 
 from axolotl.exceptions import ConfigError
 from axolotl.loaders.adapter_init import ADAPTER
+
+
+def fix_untrained(model: Any, wanted: bool | int | Sequence[int], train_dataset: Any) -> int:
+    """Give tokens the mean of the trained rows, in embedding and head; returns how many.
+
+    Args:
+        model: changed in place.
+        wanted: True for the untrained tokens that occur in the dataset, or the ids themselves.
+        train_dataset: the rows to look at. Which tokens a stream will bring is not known: all untrained ones are taken.
+
+    Raises:
+        ConfigError: an id outside the embedding, or an adapter that would not save the new rows.
+    """
+    untrained = find_untrained(model)
+    broken = torch.zeros_like(untrained)
+    if wanted is not True:
+        ids = [wanted] if isinstance(wanted, int) else list(wanted)
+        check_ids(ids, len(untrained))
+        broken[torch.as_tensor(ids, device=broken.device)] = True
+    elif isinstance(train_dataset, IterableDataset):
+        broken = untrained
+    else:
+        for row in train_dataset["input_ids"]:
+            broken[torch.as_tensor(row, device=broken.device)] = True
+        broken &= untrained
+    if broken.any():
+        set_to_mean(model, broken, ~(untrained | broken))
+    return int(broken.sum())
 
 
 def find_untrained(model: Any) -> torch.Tensor:

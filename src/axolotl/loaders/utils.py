@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from axolotl.exceptions import ConfigError, ModelError
 from axolotl.model_support import read_model_support
@@ -20,8 +20,24 @@ from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
-# Schema keys of special tokens that name one token each.
-ADAPTERS_WITH_MODULES_TO_SAVE = ("lora", "qlora")
+LORA_ADAPTERS = ("lora", "qlora")
+
+
+def find_class(key: str, name: str | None, default: str) -> Any:
+    """The class of transformers that `key` names, by default `default`.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    found = getattr(transformers, name or default, None)
+    if found is None:
+        raise ConfigError(f"`{key}: {name}` is not a class of transformers. Write `{default}`.")
+    return found
+
+
+def read_seed(cfg: DictDefault) -> int:
+    """`seed`; a config that was not validated may lack it."""
+    return 42 if cfg.seed is None else cfg.seed
 
 
 def read_revision(cfg: DictDefault, source: str) -> str | None:
@@ -48,32 +64,8 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
     """
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
-        if not (path / "config.json").exists() and key in ("base_model", "base_model_config"):
-            present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            return ModelError(
-                f"`{key}: {source}` has no config.json (it holds {present}). Write a folder made by `save_pretrained`, or set "
-                "`base_model_config` to where the config is."
-            )
-        if "no file named" in str(error) and "safetensors" in str(error):
-            return ModelError(
-                f"`{key}: {source}` has a config but no weights. Write a folder made by `save_pretrained`, or "
-                "`reinit_weights: true` to start from random weights."
-            )
-        if "backend tokenizer" in str(error):
-            return ModelError(
-                f"`{key}: {source}` holds no tokenizer. Copy tokenizer.json and tokenizer_config.json into it, or write where "
-                "the tokenizer is as `tokenizer_config`."
-            )
-        if isinstance(error, SafetensorError):
-            return ModelError(
-                f"`{key}: {source}`: a file with weights is damaged or cut short ({_first_line(error)}). Copy or download the "
-                "model again."
-            )
-        if isinstance(error, StrictDataclassError):
-            # Two lines: which check failed, and what it found.
-            return ModelError(f"`{key}: {source}` has a config.json that is wrong: {' '.join(str(error).split())}")
-        return ModelError(f"`{key}: {source}` cannot be loaded: {_first_line(error)}")
-    if path.is_file():
+        return _explain_bad_folder(path, source, key, error)
+    if os.path.isfile(path):
         return ModelError(f"`{key}: {source}` is a file. Write the folder that holds it.")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         return ModelError(
@@ -90,9 +82,42 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
     )
 
 
+def _explain_bad_folder(path: Path, source: str, key: str, error: Exception) -> ModelError:
+    if not (path / "config.json").exists() and key in ("base_model", "base_model_config"):
+        present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        return ModelError(
+            f"`{key}: {source}` has no config.json (it holds {present}). Write a folder made by `save_pretrained`, or set "
+            "`base_model_config` to where the config is."
+        )
+    if "no file named" in str(error) and "safetensors" in str(error):
+        return ModelError(
+            f"`{key}: {source}` has a config but no weights. Write a folder made by `save_pretrained`, or "
+            "`reinit_weights: true` to start from random weights."
+        )
+    if "backend tokenizer" in str(error):
+        return ModelError(
+            f"`{key}: {source}` holds no tokenizer. Copy tokenizer.json and tokenizer_config.json into it, or write where "
+            "the tokenizer is as `tokenizer_config`."
+        )
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"`{key}: {source}`: a file with weights is damaged or cut short ({_first_line(error)}). Copy or download the "
+            "model again."
+        )
+    if isinstance(error, StrictDataclassError):
+        # Two lines: which check failed, and what it found.
+        return ModelError(f"`{key}: {source}` has a config.json that is wrong: {' '.join(str(error).split())}")
+    return ModelError(f"`{key}: {source}` cannot be loaded: {_first_line(error)}")
+
+
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def plain_model(model: Any) -> Any:
+    """The model under an adapter; a model without one as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def get_linear_embedding_layers(model_type: str | None) -> list[str]:
@@ -139,11 +164,7 @@ def load_model_config(cfg: DictDefault) -> PretrainedConfig:
     """
     source = cfg.base_model_config or cfg.base_model
     key = "base_model_config" if cfg.base_model_config and cfg.base_model_config != cfg.base_model else "base_model"
-    config_class: Any = getattr(transformers, cfg.cls_model_config, None) if cfg.cls_model_config else AutoConfig
-    if config_class is None:
-        raise ConfigError(
-            f"`cls_model_config: {cfg.cls_model_config}` is not a class of transformers. Write `AutoConfig`."
-        )
+    config_class = find_class("cls_model_config", cfg.cls_model_config, "AutoConfig")
     keywords: dict[str, Any] = {"trust_remote_code": bool(cfg.trust_remote_code)}
     revision = read_revision(cfg, source)
     if revision:
@@ -197,7 +218,7 @@ def check_new_tokens_are_trained(
         new_tokens: tokens that the vocabulary did not have.
         key: `special_tokens` or `tokens`, for the message.
     """
-    if not new_tokens or cfg.adapter not in ADAPTERS_WITH_MODULES_TO_SAVE or cfg.peft_trainable_token_indices:
+    if not new_tokens or cfg.adapter not in LORA_ADAPTERS or cfg.peft_trainable_token_indices:
         return
     needed = get_linear_embedding_layers(model_config.model_type)
     required = needed[:1] if model_config.get_text_config().tie_word_embeddings else needed

@@ -97,6 +97,7 @@ class Run:
         checkpoint_every: every how many layers are checkpointed; the others keep all.
         keeps_attention: selective checkpointing keeps the results of attention; keeps_on_host: in host memory.
         mlp_tiles: pieces of the sequence that an MLP runs over.
+        recorded_shapes: shapes of a batch for which CUDA graphs of the layers are held.
         layers_on_host: the frozen weights of the layers wait in host memory.
         shard_weights, shard_gradients, shard_optimizer: over how many GPUs each is split.
     """
@@ -126,6 +127,7 @@ class Run:
     keeps_attention: bool = False
     keeps_on_host: bool = False
     mlp_tiles: int = 1
+    recorded_shapes: int = 0
     loss_rows: int = 1024
     layers_on_host: bool = False
     attention_kind: Literal["flash", "eager"] = "flash"
@@ -141,6 +143,11 @@ class Run:
     shard_weights: int = 1
     shard_gradients: int = 1
     shard_optimizer: int = 1
+
+    @property
+    def alive_tokens(self) -> int:
+        """Tokens whose activations are alive at once."""
+        return self.tokens * self.num_sequences_factor
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,7 @@ def moment_bytes(run: Run) -> float:
     for one matmul: the largest one, or with the LoRA kernels gate and up together, beside the gradients of both and of their
     input. A compiled layer gives the gradients of all its weights at once; without, each is added up as it comes.
     """
-    layer, c, tokens = run.layer, run.compute_bytes, run.tokens * run.num_sequences_factor
+    layer, c, tokens = run.layer, run.compute_bytes, run.alive_tokens
     wide = c * layer.intermediate * layer.active_experts
     moment = (3 if layer.gated else 2) * wide * tokens
     if run.mlp_tiles > 1:
@@ -282,6 +289,13 @@ def cast_bytes(run: Run) -> float:
     return casts / run.num_layers if run.checkpointing else casts
 
 
+def graph_bytes(run: Run) -> float:
+    """Bytes that CUDA graphs of the layers hold beside the activations: per shape cHT and a layer for the gradient of its input,
+    and as much for the input itself, which for the shape that runs is an activation."""
+    inputs = run.compute_bytes * run.layer.hidden * run.tokens * run.num_layers
+    return inputs * max(0, 2 * run.recorded_shapes - 1)
+
+
 def activation_bytes(run: Run) -> float:
     """Bytes that the forward pass keeps, and what the hardest moment of the backward pass adds beyond the loss.
 
@@ -292,7 +306,7 @@ def activation_bytes(run: Run) -> float:
     backward begins. The loss is over then, too, so only the larger of the two moments counts.
     """
     layer, c = run.layer, run.compute_bytes
-    tokens = run.tokens * run.num_sequences_factor
+    tokens = run.alive_tokens
     one = layer_bytes(run)
     moment = moment_bytes(run)
     if run.checkpointing:
@@ -305,7 +319,8 @@ def activation_bytes(run: Run) -> float:
     else:
         kept = one * run.num_layers
     final_norm = (norm_bytes(run) + c * layer.hidden) * tokens
-    return kept * tokens + cast_bytes(run) + final_norm + max(0.0, moment - loss_bytes(run) - final_norm)
+    later = max(0.0, moment - loss_bytes(run) - final_norm)
+    return kept * tokens + cast_bytes(run) + graph_bytes(run) + final_norm + later
 
 
 def loss_bytes(run: Run) -> float:
@@ -317,7 +332,7 @@ def loss_bytes(run: Run) -> float:
     Whole: the logits in the compute dtype, float32, their log-softmax and the gradients of both, V(c + 4 + 4 + 4 + c).
     """
     layer, c = run.layer, run.compute_bytes
-    tokens = run.tokens * run.num_sequences_factor
+    tokens = run.alive_tokens
     if not run.fused_loss:
         return tokens * run.vocab * (2 * c + 12)
     chunk = c * run.vocab * min(run.loss_rows, tokens)
@@ -371,155 +386,4 @@ def forecast(run: Run) -> Forecast:
         activations=activations,
         loss=loss,
         overhead=CONTEXT_BYTES + FRAGMENTATION * (activations + loss),
-    )
-
-
-# What a change costs, as a share of the time of a step. Rough: only the order is used.
-HALVED_BATCH = 0.03  # kernels on fewer rows, as long as there are enough
-FEW_TOKENS = 2048  # of a micro-batch; below, a GPU is not full
-OFFLOADED_INPUTS = 0.02  # copies beside the computation
-OFFLOADED_WEIGHTS = 0.5  # copies of all frozen weights, which take longer than the computation of short batches
-TILED_MLP = 0.15  # the MLP's forward once more
-FOUR_BITS = 0.05  # dense copies of weights
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the config, what it would need then, and how much longer a step would take, as a share."""
-
-    change: str
-    effect: str
-    forecast: Forecast
-    slowdown: float = 0.0
-
-
-def recomputation(run: Run) -> float:
-    """Share of a step that the second forward of gradient checkpointing adds.
-
-    A forward pass is one part of two where the weights are frozen and backward multiplies by them once, of three where it
-    also makes their gradients.
-    """
-    return 1 / (2 if run.is_adapter else 3)
-
-
-def checkpointing_remedies(run: Run, limit_bytes: float) -> list[tuple[str, str, float, Run]]:
-    """Gradient checkpointing of all layers, and the smallest part of it that fits `limit_bytes`."""
-    if run.checkpointing:
-        return []
-    whole, change, exact = recomputation(run), "gradient_checkpointing: true", "same result"
-    checkpointed = _checkpointed(run)
-    options = [(change, exact, whole, checkpointed)]
-    for every in (8, 4, 3, 2):
-        part = dataclasses.replace(checkpointed, checkpoint_every=every)
-        if every < run.num_layers and forecast(part).total <= limit_bytes:
-            text = f"{change}, gradient_checkpointing_kwargs: {{every_n_layers: {every}}}"
-            options.append((text, exact, whole / every, part))
-            break
-    if not run.compiled and run.attention_kind == "flash":
-        # Inside a compiled layer the results of single operators are not seen.
-        kept = dataclasses.replace(checkpointed, keeps_attention=True)
-        options.append((f"{change}, selective_checkpointing: true", exact, whole * 0.9, kept))
-    return options
-
-
-def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantize: bool) -> list[Remedy]:
-    """Changes that make a run smaller: first those that fit, then those that keep what is learnt, then the least slowdown.
-
-    Args:
-        limit_bytes: memory of the GPU.
-        micro_batch_size: rows of a micro-batch; halving it doubles the accumulation steps and leaves the loss as it is.
-        can_quantize: whether the base weights are frozen and not yet quantized.
-    """
-    exact, other = "same result", "another result"
-    options = checkpointing_remedies(run, limit_bytes)
-    recomputed = 0.0 if run.checkpointing else recomputation(run)
-    if not run.offload and not run.offloads_by_default:
-        both = dataclasses.replace(run, checkpointing=True, offload=True)
-        text = "gradient_checkpointing: true, activation_offloading: true"
-        options.append((text, exact, recomputed + OFFLOADED_INPUTS, both))
-    loaded_whole = weight_bytes(run)[0] + CONTEXT_BYTES <= limit_bytes  # before its layers leave
-    if run.is_adapter and not run.layers_on_host and run.weight_bits != 8 and loaded_whole:
-        on_host = dataclasses.replace(_not_compiled(run), layers_on_host=True, checkpointing=True, offload=True)
-        text = "gradient_checkpointing: true, activation_offloading: true, layer_offloading: true"
-        options.append((text, exact, recomputed + OFFLOADED_INPUTS + OFFLOADED_WEIGHTS, on_host))
-    if run.mlp_tiles <= 1 and run.layer.active_experts == 1 and run.row_length > run.layer.hidden:
-        tiles = math.ceil(run.row_length / run.layer.hidden)
-        tiled = dataclasses.replace(_not_compiled(run), checkpointing=True, mlp_tiles=tiles)
-        options.append(("gradient_checkpointing: true, tiled_mlp: true", exact, recomputed + TILED_MLP, tiled))
-    if run.attention_kind == "eager":
-        options.append(("flash_attention: true", exact, 0.0, dataclasses.replace(run, attention_kind="flash")))
-    size, cost = micro_batch_size, 0.0
-    while size > 1:
-        size = math.ceil(size / 2)
-        smaller = dataclasses.replace(run, tokens=run.tokens * size // micro_batch_size)
-        cost += HALVED_BATCH if smaller.tokens >= FEW_TOKENS else 10 * HALVED_BATCH
-        change = f"micro_batch_size: {size}, gradient_accumulation_steps x {micro_batch_size // size}"
-        options.append((change, exact, cost, smaller))
-        if not run.checkpointing:
-            both = _checkpointed(smaller)
-            options.append((f"gradient_checkpointing: true, {change}", exact, recomputed + cost, both))
-    small = dataclasses.replace(run, optimizer="adamw_8bit")
-    if optimizer_bytes(run) - optimizer_bytes(small) > 0.01 * forecast(run).total:
-        options.append(("optimizer: adamw_8bit", other, 0.0, small))
-        if not run.checkpointing:
-            small = _checkpointed(small)
-            options.append(("gradient_checkpointing: true, optimizer: adamw_8bit", other, recomputed, small))
-    if can_quantize:
-        small = dataclasses.replace(run, weight_bits=4)
-        options.append(("adapter: qlora, load_in_4bit: true", other, FOUR_BITS, small))
-        if not run.checkpointing:
-            small = _checkpointed(small)
-            text = "adapter: qlora, load_in_4bit: true, gradient_checkpointing: true"
-            options.append((text, other, FOUR_BITS + recomputed, small))
-    if not run.is_adapter:
-        for text, bits, cost in (("adapter: lora", 16, 0.0), ("adapter: qlora, load_in_4bit: true", 4, FOUR_BITS)):
-            options.append((f"{text}, gradient_checkpointing: true", other, cost, _as_adapter(run, bits)))
-    if run.row_length > 1024:
-        half = dataclasses.replace(run, tokens=run.tokens // 2, row_length=run.row_length // 2)
-        options.append((f"sequence_len: {run.row_length // 2}", other, 0.0, half))
-    now = forecast(run).total
-    found = [Remedy(change, effect, forecast(option), slowdown) for change, effect, slowdown, option in options]
-    found = [remedy for remedy in found if remedy.forecast.total < now * 0.99]
-    return sorted(
-        found,
-        key=lambda remedy: (
-            remedy.forecast.total > limit_bytes,
-            remedy.effect != exact,
-            remedy.slowdown if remedy.forecast.total <= limit_bytes else remedy.forecast.total,
-            remedy.forecast.total,
-        ),
-    )
-
-
-def _checkpointed(run: Run) -> Run:
-    """The same run with gradient checkpointing, and what that brings along."""
-    return dataclasses.replace(run, checkpointing=True, offload=run.offload or run.offloads_by_default)
-
-
-def _not_compiled(run: Run) -> Run:
-    """The same run with a key that leaves layers uncompiled: what follows a norm keeps its input."""
-    if not run.compiled:
-        return run
-    layer = run.layer
-    inputs = max(layer.linear_inputs, layer.num_norms * layer.hidden) + layer.ranks
-    layer = dataclasses.replace(layer, linear_inputs=inputs)
-    return dataclasses.replace(run, compiled=False, offloads_by_default=False, layer=layer)
-
-
-def _as_adapter(run: Run, bits: int) -> Run:
-    """The same model with rank-16 adapters on all linear layers."""
-    layer = run.layer
-    widths = 4 * layer.hidden + 2 * (layer.attention + layer.key_value) + 3 * (layer.hidden + layer.intermediate)
-    trained = 16 * widths * run.num_layers
-    return dataclasses.replace(
-        run,
-        is_adapter=True,
-        num_params=run.num_params + trained,
-        num_trained=trained,
-        trained_bytes=4,
-        weight_bits=bits,
-        head_trained=False,
-        trained_embeddings=0,
-        checkpointing=True,
-        offload=run.offload or run.offloads_by_default,
     )

@@ -18,8 +18,9 @@ from axolotl.cli.config import inspect_cfg
 from axolotl.loaders.utils import load_model_config
 from axolotl.plan_run import build_blank_model, read_run
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.forecast import GIB, Run, forecast, remedies
+from axolotl.utils.forecast import GIB, Run, forecast
 from axolotl.utils.gpus import capabilities_of
+from axolotl.utils.remedies import remedies
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
@@ -55,7 +56,12 @@ MEASURED: dict[str, tuple[str, dict[str, Any], float]] = {
     "lora-1b": ("1b", {**LORA, **ROWS}, 9.58),
     "lora-1b-plain": ("1b", {**LORA, **ROWS, **PLAIN}, 17.63),
     "lora-1b-offloading": ("1b", {**LORA, **ROWS, **OFFLOADING}, 3.44),
-    "lora-1b-32k-packed": ("1b-32k", {**LORA, **PACKED, "sequence_len": 4096, "micro_batch_size": 2}, 8.92),
+    "lora-1b-packed": ("1b", {**LORA, **PACKED}, 11.54),
+    "lora-1b-32k-packed": (
+        "1b-32k",
+        {**LORA, **PACKED, "sequence_len": 4096, "micro_batch_size": 2, "cuda_graphs": False},
+        8.92,
+    ),
     "full-1b": ("1b", {**ROWS, "micro_batch_size": 4}, 26.2),
     "full-1b-plain": ("1b", {**ROWS, "micro_batch_size": 4, "torch_compile": False}, 40.2),
     "full-8b-packed": (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from axolotl.monkeypatch.compile_layers import compile_layers
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
-from axolotl.plan_run import _count_norms, decoder_layers, linear_input_features
+from axolotl.plan_run import count_norms, decoder_layers, linear_input_features
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import (
     GIB,
@@ -24,7 +24,6 @@ from axolotl.utils.forecast import (
     forecast,
     layer_bytes,
     optimizer_bytes,
-    remedies,
     weight_bytes,
 )
 
@@ -83,7 +82,7 @@ def test_bytes_kept_by_a_layer(config_class, lora, dtype):
         intermediate=160,
         attention=64,
         key_value=32,
-        num_norms=_count_norms(layer, 64),
+        num_norms=count_norms(layer, 64),
         linear_inputs=linear_input_features(layer, own_copies=lora and dtype != torch.float32),
     )
     run = Run(
@@ -218,34 +217,6 @@ def test_sharding_divides_what_stays():
     whole, split = llama_8b(), llama_8b(shard_weights=8, shard_gradients=8, shard_optimizer=8)
     assert weight_bytes(split)[0] < weight_bytes(whole)[0] / 4
     assert forecast(split).optimizer == forecast(whole).optimizer / 8
-
-
-def test_remedies_are_ranked_and_honest():
-    run = llama_8b()
-    found = remedies(run, 24 * GIB, micro_batch_size=2, can_quantize=True)
-    fits = [remedy.forecast.total <= 24 * GIB for remedy in found]
-    assert fits == sorted(fits, reverse=True) and fits[0]
-    assert found[0].change == "gradient_checkpointing: true, selective_checkpointing: true"
-    assert found[1].change == "gradient_checkpointing: true" and found[0].effect == found[1].effect == "same result"
-    exact = [
-        remedy.slowdown for remedy in found if remedy.effect == "same result" and remedy.forecast.total <= 24 * GIB
-    ]
-    assert exact == sorted(exact)
-    assert all(remedy.forecast.total < forecast(run).total for remedy in found)
-    assert (
-        not remedies(llama_8b(checkpointing=True), 1 * GIB, micro_batch_size=1, can_quantize=False)[0].forecast.total
-        < GIB
-    )
-
-
-def test_no_more_is_computed_again_than_must_be():
-    run = llama_8b(compiled=True, lora_kernels=True)
-    whole = forecast(run).total
-    one_layer = (whole - forecast(dataclasses.replace(run, checkpointing=True)).total) / run.num_layers
-    found = remedies(run, whole - 5 * one_layer, micro_batch_size=1, can_quantize=True)
-    # Every sixth layer of 32 would do; the next proposal is every fourth.
-    assert found[0].change == "gradient_checkpointing: true, gradient_checkpointing_kwargs: {every_n_layers: 4}"
-    assert found[0].slowdown < found[1].slowdown and not any("selective" in remedy.change for remedy in found)
 
 
 def test_eager_attention_grows_with_the_square_of_the_length():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer
 
+from axolotl.core.trainers.causal_loss import perplexity
 from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
 from axolotl.core.trainers.mixins.optimizer import OptimizerMixin
 from axolotl.core.trainers.mixins.packing import PackingMixin
@@ -87,6 +88,7 @@ class AxolotlTrainer(
         self.writes_model_card = True
         self.stop_requested = False  # this rank was asked to stop; `StepWatch` tells the others
         self.stop_agreed = False
+        self.stop_signal: int | None = None
         self.step_grad_norm: Any = None  # before clipping, of the optimizer step under way
         self.nonfinite = NonFiniteGuard(self)
         self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
@@ -197,8 +199,3 @@ class AxolotlTrainer(
         """`Trainer.push_to_hub`, with our tags and those of the datasets on the model card."""
         kwargs = sanitize_kwargs_for_tagging(self.tag_names, self.dataset_tags, kwargs)
         return super().push_to_hub(*args, **kwargs)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite when it overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from axolotl.core.trainers.base import AxolotlTrainer, perplexity
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.trainers.causal_loss import perplexity
 from axolotl.core.trainers.utils import sanitize_kwargs_for_tagging
 from tests.integration.training_runs import make_trainer
 

@@ -14,10 +14,30 @@ import torch
 import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
 
-from axolotl.core.trainers.utils import kept_random_state
+from axolotl.core.trainers.utils import kept_modes, kept_random_state
 from axolotl.utils.data.bins import BinDataset
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import FRAGMENTATION, OPTIMIZER_BYTES
 from axolotl.utils.samplers.utils import get_dataset_lengths
+
+# What to change when memory runs out, best first: (whether it applies, what to write).
+SMALLER_RUN: tuple[tuple[Callable[[DictDefault], bool], str], ...] = (
+    (
+        lambda cfg: (cfg.micro_batch_size or 1) > 1,
+        "`micro_batch_size: 1`, with more `gradient_accumulation_steps`",
+    ),
+    (lambda cfg: not cfg.gradient_checkpointing, "`gradient_checkpointing: true`"),
+    (lambda cfg: not cfg.activation_offloading, "`activation_offloading: true` with it"),
+    (lambda cfg: (cfg.sequence_len or 0) > 1024, "a smaller `sequence_len`"),
+    (lambda cfg: not cfg.adapter, "`adapter: lora`"),
+    (lambda cfg: not cfg.load_in_4bit, "`load_in_4bit: true` with `adapter: qlora`"),
+    (lambda cfg: "8bit" not in str(cfg.optimizer), "`optimizer: adamw_bnb_8bit`"),
+)
+
+
+def what_would_help(cfg: DictDefault) -> str:
+    """The keys that would make a run smaller, joined by commas."""
+    return ", ".join(text for applies, text in SMALLER_RUN if applies(cfg)) or "a GPU with more memory"
 
 
 def possible_sizes(rows_per_step: int) -> list[int]:
@@ -60,12 +80,11 @@ def fits_in_memory(trainer: Any, optimizer: str) -> bool:
 
 def _try(trainer: Any, optimizer: str) -> bool:
     model, device = trainer.model, trainer.args.device
-    was_training = {module: module.training for module in model.modules()}
     try:
         reserve = torch.empty(reserved_bytes(trainer, optimizer), dtype=torch.uint8, device=device)
         _enable_checkpointing(trainer)
-        model.train()
-        with kept_random_state():
+        with kept_modes(model), kept_random_state():
+            model.train()
             inputs = trainer._prepare_inputs(longest_batch(trainer))
             for _ in range(2):
                 with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
@@ -76,9 +95,6 @@ def _try(trainer: Any, optimizer: str) -> bool:
         if not should_reduce_batch_size(error):
             raise
         return False
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     return True
 
 

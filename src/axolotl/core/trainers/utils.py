@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,12 @@ import torch
 from torch import nn
 
 GIB = 2**30
+
+
+def is_hub_name(path: Any) -> bool:
+    """Whether a dataset path looks like `owner/name` on the hub."""
+    text = str(path or "")
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
 
 
 def sanitize_kwargs_for_tagging(
@@ -64,13 +71,19 @@ def kept_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of the model is in eval mode; afterwards each is in the mode it was in. No gradients are kept."""
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module of the model is in the mode, training or evaluation, that it was in."""
     was_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; afterwards as in `kept_modes`. No gradients are kept."""
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        yield

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from axolotl.exceptions import DatasetError
+from axolotl.loaders.utils import plain_model
 from axolotl.utils.callbacks.generation import generating, is_sharded, tokenizer_of
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
@@ -157,8 +158,8 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, question: dict[str, s
     if window is not None:
         prompt = prompt[-(window - len(bos)) :]  # the question and its choices stand at the end of a few-shot prompt
     ids_BT = torch.tensor([bos + prompt], device=model.device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    takes = inspect.signature(plain_model(model).forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     logits_V = model(input_ids=ids_BT, use_cache=False, **last_only).logits[0, -1].float()
     candidates = logits_V[torch.tensor([ids[-1] for ids in letters], device=logits_V.device)]
     right = letters[LETTERS.index(output.strip()[0])][-1]

@@ -13,7 +13,6 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.monkeypatch.relora import ReLoRACallback
 from axolotl.utils.callbacks.bench_eval import DEFAULT_SPLIT, BenchEvalCallback, load_benchmark
 from axolotl.utils.callbacks.causal_lm_eval import CausalLMBenchEvalCallback, check_metrics
-from axolotl.utils.callbacks.comet_ import SaveAxolotlConfigtoCometCallback
 from axolotl.utils.callbacks.dynamic_checkpoint import DynamicCheckpointCallback
 from axolotl.utils.callbacks.frozen_rows import FrozenRowsCallback
 from axolotl.utils.callbacks.generation import GenerationSettings, SFTGenerationCallback
@@ -25,29 +24,18 @@ from axolotl.utils.callbacks.guards import (
     SkipEvalOnResumeCallback,
 )
 from axolotl.utils.callbacks.layer_offloading import LayerOffloadingCallback
-from axolotl.utils.callbacks.lisa import lisa_callback_factory
+from axolotl.utils.callbacks.lisa import LISACallback
 from axolotl.utils.callbacks.loss_scale import LossScaleCallback
-from axolotl.utils.callbacks.mlflow_ import SaveAxolotlConfigtoMlflowCallback
 from axolotl.utils.callbacks.opentelemetry import OpenTelemetryMetricsCallback
 from axolotl.utils.callbacks.profiler import PytorchProfilerCallback
 from axolotl.utils.callbacks.progress import ProgressCallback
 from axolotl.utils.callbacks.tensorboard_ import SaveAxolotlConfigtoTensorBoardCallback
-from axolotl.utils.callbacks.trackers import RunOutcome, guard_trackers
-from axolotl.utils.callbacks.trackio_ import SaveAxolotlConfigtoTrackioCallback
-from axolotl.utils.callbacks.wandb_ import SaveAxolotlConfigtoWandBCallback
+from axolotl.utils.callbacks.trackers import RunOutcome, guard_trackers, trackers_of
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.freeze import find_frozen_rows
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
-
-# Trackers that get the config as a file: key that switches them on -> callback.
-CONFIG_UPLOADS = (
-    ("use_wandb", SaveAxolotlConfigtoWandBCallback),
-    ("use_mlflow", SaveAxolotlConfigtoMlflowCallback),
-    ("use_comet", SaveAxolotlConfigtoCometCallback),
-    ("use_trackio", SaveAxolotlConfigtoTrackioCallback),
-)
 
 
 def build_pre_trainer_callbacks(cfg: DictDefault) -> list[TrainerCallback]:
@@ -71,7 +59,7 @@ def build_pre_trainer_callbacks(cfg: DictDefault) -> list[TrainerCallback]:
 
         callbacks.append(QATCallback(cfg.qat))
     path = saved_config_path(cfg)
-    callbacks += [callback(path) for key, callback in CONFIG_UPLOADS if cfg[key]]
+    callbacks += [tracker.saves_config(path) for tracker in trackers_of(cfg) if tracker.saves_config]
     if cfg.use_otel_metrics:
         callbacks.append(OpenTelemetryMetricsCallback(cfg))
     return callbacks
@@ -103,9 +91,7 @@ def build_post_trainer_callbacks(cfg: DictDefault, trainer: Trainer) -> list[Tra
         trainer.checkpoint_parts.append(relora)  # type: ignore[attr-defined]
         callbacks.append(relora)
     if cfg.lisa_step_interval and cfg.lisa_n_layers:
-        callbacks.append(
-            lisa_callback_factory(trainer)(cfg.lisa_n_layers, cfg.lisa_step_interval, cfg.lisa_layers_attribute)
-        )
+        callbacks.append(LISACallback(trainer, cfg.lisa_n_layers, cfg.lisa_step_interval, cfg.lisa_layers_attribute))
     return callbacks
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from axolotl.core.trainers.causal_loss import perplexity
 from axolotl.exceptions import ConfigError
 from axolotl.utils.callbacks.generation import (
     GenerationSettings,
@@ -19,7 +20,7 @@ from axolotl.utils.callbacks.generation import (
     split_row,
     tokenizer_of,
 )
-from axolotl.utils.callbacks.perplexity import Perplexity, perplexity_of
+from axolotl.utils.callbacks.perplexity import Perplexity
 from axolotl.utils.distributed import compute_and_broadcast
 from axolotl.utils.logging import get_logger
 
@@ -151,5 +152,5 @@ class CausalLMBenchEvalCallback(TrainerCallback):
         )
         total, count = (sum(share[place] for share in shares) for place in (3, 4))
         if PERPLEXITY in self.metrics and count:
-            scores["eval_perplexity"] = perplexity_of(total, count)
+            scores["eval_perplexity"] = perplexity(total / count)
         return scores

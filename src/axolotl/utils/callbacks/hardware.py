@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from axolotl.loaders.quantization import num_values
+
 # Dense bf16 (fp16 where the chip has no bf16) peak of the tensor cores in TFLOP/s, from the makers' data sheets.
 # Searched in this order in the name that the driver reports.
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -51,7 +53,5 @@ def flops_per_token(model: nn.Module) -> float:
     for parameter in model.parameters():
         if id(parameter) in tables and id(parameter) not in heads:
             continue
-        # A 4-bit weight holds two values in one byte.
-        values = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
-        flops += values * (6 if parameter.requires_grad else 4)
+        flops += num_values(parameter) * (6 if parameter.requires_grad else 4)
     return flops

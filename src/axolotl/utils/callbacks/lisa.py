@@ -3,79 +3,79 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from axolotl.exceptions import ConfigError
+from axolotl.loaders.utils import plain_model
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
 
-def lisa_callback_factory(trainer: Trainer) -> type[TrainerCallback]:
-    """The callback class for a trainer."""
+class LISACallback(TrainerCallback):
+    """Freezes all decoder layers but `n_layers`, drawn anew every `step_interval` steps.
 
-    class LISACallback(TrainerCallback):
-        """Freezes all decoder layers but `n_layers`, drawn anew every `step_interval` steps.
+    What was frozen from the start stays frozen. The optimizer forgets a layer that is frozen, as in the paper: its
+    moments take no memory, and a layer that returns starts afresh.
 
-        What was frozen from the start stays frozen. The optimizer forgets a layer that is frozen, as in the paper: its
-        moments take no memory, and a layer that returns starts afresh.
+    Args:
+        trainer: whose model is trained.
+        n_layers: layers that train at a time.
+        step_interval: steps between draws; the first draw holds for one step.
+        layers_attribute: path of the decoder layers within the model.
+    """
 
-        Args:
-            n_layers: layers that train at a time.
-            step_interval: steps between draws; the first draw holds for one step.
-            layers_attribute: path of the decoder layers within the model.
-        """
+    def __init__(self, trainer: Trainer, n_layers: int, step_interval: int, layers_attribute: str | None = None):
+        self.n_layers = n_layers
+        self.step_interval = step_interval
+        self.layers_attribute = layers_attribute or "model.layers"
+        layers = find_layers(trainer.model, self.layers_attribute)
+        if n_layers > len(layers):
+            raise ConfigError(f"`lisa_n_layers: {n_layers}` is more than the {len(layers)} layers of the model.")
+        self.layers = [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
 
-        def __init__(self, n_layers: int, step_interval: int, layers_attribute: str | None = None):
-            self.n_layers = n_layers
-            self.step_interval = step_interval
-            self.layers_attribute = layers_attribute or "model.layers"
-            self.trainer = trainer
-            layers = find_layers(trainer.model, self.layers_attribute)
-            if n_layers > len(layers):
-                raise ConfigError(f"`lisa_n_layers: {n_layers}` is more than the {len(layers)} layers of the model.")
-            self.layers = [
-                [parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers
-            ]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up the draw that a resumed run was in."""
+        if state.global_step:
+            self.switch_active_layers(args.seed, self.last_draw(state.global_step), kwargs.get("optimizer"))
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Take up the draw that a resumed run was in."""
-            if state.global_step:
-                self.switch_active_layers(args.seed, self.last_draw(state.global_step), kwargs.get("optimizer"))
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.last_draw(state.global_step) == state.global_step:
+            self.switch_active_layers(args.seed, state.global_step, kwargs.get("optimizer"))
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.last_draw(state.global_step) == state.global_step:
-                self.switch_active_layers(args.seed, state.global_step, kwargs.get("optimizer"))
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._train(range(len(self.layers)))
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._train(range(len(self.layers)))
+    def last_draw(self, step: int) -> int:
+        """The latest step up to `step` at which layers are drawn."""
+        return max(step - step % self.step_interval, min(step, 1))
 
-        def last_draw(self, step: int) -> int:
-            """The latest step up to `step` at which layers are drawn."""
-            return max(step - step % self.step_interval, min(step, 1))
-
-        def switch_active_layers(self, seed: int, step: int, optimizer: Any = None) -> None:
-            """Draw the active layers of a step. The draw follows from seed and step: a resumed run draws the same."""
-            draw = np.random.default_rng((seed, step)).choice(len(self.layers), self.n_layers, replace=False)
-            active = sorted(draw.tolist())
-            self._train(active)
-            if optimizer is not None:
-                for index, layer in enumerate(self.layers):
-                    for parameter in () if index in active else layer:
-                        optimizer.state.pop(parameter, None)
-            LOG.info(f"LISA trains the layers {active} from step {step + 1} on.")
-
-        def _train(self, active: Any) -> None:
+    def switch_active_layers(self, seed: int, step: int, optimizer: Any = None) -> None:
+        """Draw the active layers of a step. The draw follows from seed and step: a resumed run draws the same."""
+        draw = np.random.default_rng((seed, step)).choice(len(self.layers), self.n_layers, replace=False)
+        active = sorted(draw.tolist())
+        self._train(active)
+        if optimizer is not None:
             for index, layer in enumerate(self.layers):
-                for parameter in layer:
-                    parameter.requires_grad_(index in active)
+                for parameter in () if index in active else layer:
+                    optimizer.state.pop(parameter, None)
+        LOG.info(f"LISA trains the layers {active} from step {step + 1} on.")
 
-    return LISACallback
+    def _train(self, active: Any) -> None:
+        for index, layer in enumerate(self.layers):
+            for parameter in layer:
+                parameter.requires_grad_(index in active)
+
+
+def lisa_callback_factory(trainer: Trainer) -> Callable[..., LISACallback]:
+    """The callback of a trainer, to be called with its other arguments."""
+    return partial(LISACallback, trainer)
 
 
 def find_layers(model: Any, path: str) -> nn.ModuleList:
@@ -84,7 +84,7 @@ def find_layers(model: Any, path: str) -> nn.ModuleList:
     Raises:
         ConfigError: there is no list of layers.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = plain_model(model)
     try:
         layers = operator.attrgetter(path)(plain)
     except AttributeError as error:

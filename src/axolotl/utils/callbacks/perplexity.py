@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,9 +12,11 @@ from axolotl.core.trainers.causal_loss import (
     find_output_head,
     fused_loss,
     is_causal_lm,
+    perplexity,
     probe_logit_formula,
 )
 from axolotl.core.trainers.utils import evaluation_mode
+from axolotl.loaders.utils import plain_model
 
 
 class Perplexity:
@@ -62,7 +62,7 @@ class Perplexity:
         total, count = self.sum_losses(model, references)
         if not count:
             raise ValueError("Perplexity needs a reference with at least two tokens.")
-        return {"score": perplexity_of(total, count)}
+        return {"score": perplexity(total / count)}
 
     def sum_losses(self, model: PreTrainedModel, references: list[str]) -> tuple[float, int]:
         """Sum of the token losses of the references, and the number of tokens that were predicted."""
@@ -93,15 +93,9 @@ class Perplexity:
         return total, count
 
 
-def perplexity_of(total: float, count: int) -> float:
-    """exp(total / count); infinite when it overflows."""
-    mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
-
-
 def _find_head(model: PreTrainedModel) -> OutputHead | None:
     """The head of the model if its logits need not exist as a whole."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = plain_model(model)
     if not is_causal_lm(base):
         return None
     found = find_output_head(base)

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from axolotl.exceptions import AxolotlError, MissingExtraError, TrackerError
-from axolotl.utils.callbacks import comet_, mlflow_, opentelemetry, swanlab_, wandb_
-from axolotl.utils.callbacks.save_config import TrackerCallback
+from axolotl.utils.callbacks import comet_, mlflow_, opentelemetry, swanlab_, trackio_, wandb_
+from axolotl.utils.callbacks.save_config import SaveConfigCallback, TrackerCallback
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.redact import redact_command, redact_secrets
@@ -41,6 +41,7 @@ class Tracker:
         packages: import names, each with alternatives: one of every group must be installed.
         extra: extra of this package that installs them.
         callbacks: names of the callback classes that report to it. The last is a `TrackerCallback`.
+        saves_config: made with the path of the saved config, and added to the callbacks of the run.
         run_names: keys that may hold the name of the run.
         check: raises an AxolotlError when it cannot start with this config. Called on the first process, early.
     """
@@ -51,6 +52,7 @@ class Tracker:
     packages: tuple[tuple[str, ...], ...]
     extra: str
     callbacks: tuple[str, ...]
+    saves_config: type[SaveConfigCallback] | None = None
     run_names: tuple[str, ...] = ()
     check: Callable[[DictDefault], None] | None = None
 
@@ -63,6 +65,7 @@ TRACKERS: tuple[Tracker, ...] = (
         packages=(("wandb",),),
         extra="wandb",
         callbacks=("WandbCallback", "SaveAxolotlConfigtoWandBCallback"),
+        saves_config=wandb_.SaveAxolotlConfigtoWandBCallback,
         run_names=("wandb_name", "wandb_run_id"),
         check=wandb_.check_login,
     ),
@@ -73,6 +76,7 @@ TRACKERS: tuple[Tracker, ...] = (
         packages=(("mlflow",),),
         extra="mlflow",
         callbacks=("MLflowCallback", "SaveAxolotlConfigtoMlflowCallback"),
+        saves_config=mlflow_.SaveAxolotlConfigtoMlflowCallback,
         run_names=("mlflow_run_name",),
         check=mlflow_.check_server,
     ),
@@ -91,6 +95,7 @@ TRACKERS: tuple[Tracker, ...] = (
         packages=(("comet_ml",),),
         extra="comet",
         callbacks=("CometCallback", "SaveAxolotlConfigtoCometCallback"),
+        saves_config=comet_.SaveAxolotlConfigtoCometCallback,
         run_names=("comet_experiment_key",),
         check=comet_.check_key,
     ),
@@ -101,6 +106,7 @@ TRACKERS: tuple[Tracker, ...] = (
         packages=(("trackio",),),
         extra="trackio",
         callbacks=("TrackioCallback", "SaveAxolotlConfigtoTrackioCallback"),
+        saves_config=trackio_.SaveAxolotlConfigtoTrackioCallback,
         run_names=("trackio_run_name",),
     ),
     Tracker(

@@ -6,6 +6,9 @@ a `MergeReport` that says how far it differs from base plus adapter.
 | module | owns |
 |---|---|
 | `merge` | the story: plan, write aside, prove, rename |
+| `merged` | what each tensor of the merged model is made of |
+| `report` | what was done, and how exactly |
+| `files` | the folders: the base's, what is copied of it, the result's |
 | `adapter` | what the adapter does to each parameter; the arithmetic is that of PEFT's own layers, in float32 |
 | `names` | stored tensor names <-> parameter names of the model class |
 | `tensors` | reading and writing weight files one tensor at a time |
@@ -25,7 +28,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "merge_adapter": "axolotl.utils.merge.merge",
-        "MergeReport": "axolotl.utils.merge.merge",
+        "MergeReport": "axolotl.utils.merge.report",
         "FourBit": "axolotl.utils.merge.four_bit",
         "EightBit": "axolotl.utils.merge.four_bit",
     },

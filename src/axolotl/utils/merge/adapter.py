@@ -23,11 +23,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from axolotl.exceptions import ModelError
-from axolotl.loaders.adapter_init import read_lora_config, round_trip
+from axolotl.loaders.adapter_init import ADAPTER, PEFT_PREFIX, read_lora_config, round_trip
 from axolotl.utils.merge.tensors import TensorStore
 
-PEFT_PREFIX = "base_model.model."
-ADAPTER = "default"
 BASE_CHANGING_INITS = ("corda", "lora_ga")  # change the base weights in a way that cannot be redone from files
 NUM_PROBES = 4
 
@@ -65,6 +63,10 @@ class Fidelity:
 
     output_error: float
     lost: float
+
+
+# Parameter name -> merged tensor; None where the layer class has no plain matrix to probe.
+Merged = tuple[dict[str, torch.Tensor], Fidelity | None]
 
 
 def load_lora_config(adapter_dir: Path) -> tuple[LoraConfig, int | None]:
@@ -218,7 +220,7 @@ class Adapter:
                 "The adapter was trained on another base model: check `base_model`."
             )
 
-    def apply(self, change: Change, read: ReadParam, dtype_of: Callable[[str], torch.dtype]):
+    def apply(self, change: Change, read: ReadParam, dtype_of: Callable[[str], torch.dtype]) -> Merged:
         """The parameters of one change, merged and cast.
 
         Args:
@@ -240,7 +242,7 @@ class Adapter:
             merged[param] = value.to(dtype_of(param))
         return merged, None
 
-    def _apply_lora(self, change: Change, read: ReadParam, dtype_of: Callable[[str], torch.dtype]):
+    def _apply_lora(self, change: Change, read: ReadParam, dtype_of: Callable[[str], torch.dtype]) -> Merged:
         assert change.module is not None
         module = copy.deepcopy(change.module).to_empty(device="cpu").to(torch.float32).eval()
         state = {}
@@ -268,12 +270,12 @@ class Adapter:
             before = base.weight.clone() if probe is not None else None
             for layer in _wrappers(module)[::-1]:
                 layer.merge()
-            merged = {p: _get(base, p.rpartition(".")[2]).detach().to(dtype_of(p)) for p in change.shapes}
+            merged = {p: base.get_parameter(p.rpartition(".")[2]).detach().to(dtype_of(p)) for p in change.shapes}
             if probe is None or expected is None or before is None:
                 return merged, None
             exact = base.weight.clone()
             for param, tensor in merged.items():
-                _get(base, param.rpartition(".")[2]).copy_(tensor)
+                base.get_parameter(param.rpartition(".")[2]).copy_(tensor)
             fidelity = Fidelity(
                 output_error=_rms_ratio(base(probe) - expected, expected),
                 lost=_rms_ratio(base.weight - exact, exact - before),
@@ -333,10 +335,6 @@ def _probe_of(base: nn.Module) -> torch.Tensor | None:
     if isinstance(base, nn.Embedding):
         return torch.randint(base.num_embeddings, (64,), generator=generator)
     return None
-
-
-def _get(module: nn.Module, name: str) -> torch.Tensor:
-    return module.get_parameter(name)
 
 
 def _rms_ratio(difference: torch.Tensor, of: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from transformers import (
 from axolotl.exceptions import ModelError, OutputError
 from axolotl.utils.merge import EightBit, FourBit, merge_adapter
 from axolotl.utils.merge import merge as merge_module
+from axolotl.utils.merge.merged import MergedModel
 from axolotl.utils.merge.tensors import parse_size
 
 ROWS = torch.arange(24).reshape(2, 12)
@@ -336,9 +337,9 @@ def test_a_mismatch_is_kept_aside_and_nothing_is_replaced(tmp_path, monkeypatch)
     base = save_base(tmp_path / "base", llama())
     expected = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
-    honest = merge_module._Merge._stored_tensor
+    honest = MergedModel._stored_tensor
     monkeypatch.setattr(
-        merge_module._Merge, "_stored_tensor", lambda self, name: honest(self, name) * (1.1 if "norm" in name else 1)
+        MergedModel, "_stored_tensor", lambda self, name: honest(self, name) * (1.1 if "norm" in name else 1)
     )
     with pytest.raises(ModelError, match="does not answer"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")

@@ -69,44 +69,62 @@ def dtype_that_fits(num_params: int, stored: torch.dtype) -> torch.dtype | None:
     return None
 
 
+@dataclass(frozen=True)
+class TrainedBase:
+    """The base model as it was while its adapter was trained.
+
+    Args:
+        model_class: the class that loads it.
+        folder: its files.
+        config: of the trained model; its vocabulary is the one the adapter was trained with.
+        num_rows: rows of its embedding, below which all token ids of the comparison are drawn.
+        trained_on: how it was quantized in training, when the merge reproduces that.
+        rounded: its quantized weights. With 8 bits the reference has them too, but not the rounded inputs that go with them.
+        trust_remote_code: whether its code may run.
+    """
+
+    model_class: Any
+    folder: Path
+    config: PretrainedConfig
+    num_rows: int
+    trained_on: FourBit | EightBit | None = None
+    rounded: Collection[str] = ()
+    trust_remote_code: bool = False
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model, to compute in `dtype`."""
+        trained_on = self.trained_on
+        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if isinstance(trained_on, FourBit):
+            kwargs.update(dtype=trained_on.compute_dtype, quantization_config=trained_on.to_transformers())
+        model = self.model_class.from_pretrained(self.folder, **kwargs)
+        if isinstance(trained_on, FourBit):
+            for parameter in model.parameters():
+                if parameter.is_floating_point():  # what is not quantized
+                    parameter.data = parameter.data.to(dtype)
+        elif trained_on is not None:
+            for name in self.rounded:
+                weight = model.get_parameter(name)
+                weight.data.copy_(trained_on.round_trip(weight.data))
+        keep_4bit_layout(model)
+        return model
+
+
 def compare_logits(
-    model_class: Any,
-    base: Path,
-    adapter: Path,
-    merged: Path,
-    *,
-    config: PretrainedConfig,
-    num_base_rows: int,
-    dtype: torch.dtype,
-    written: torch.dtype,
-    trained_on: FourBit | EightBit | None,
-    rounded: Collection[str],
-    trust_remote_code: bool,
+    base: TrainedBase, adapter: Path, merged: Path, *, dtype: torch.dtype, written: torch.dtype
 ) -> LogitProof:
     """Compare logits on seeded random token rows.
 
     Args:
-        config: of the trained model; its vocabulary is the one the adapter was trained with.
-        num_base_rows: rows of the base model's embedding, below which all token ids are drawn.
-        dtype: dtype of the forward passes; `written` is that of the merged weights.
-        trained_on: how the base was quantized in training, when the merge reproduces it.
-        rounded: its quantized weights. With 8 bits the reference has them too, but not the rounded inputs that go with them.
+        base: what the adapter was trained on.
+        adapter: folder of the adapter.
+        merged: folder of the merged model.
+        dtype: dtype of the forward passes.
+        written: dtype of the merged weights.
     """
-    rows = torch.randint(num_base_rows, (NUM_ROWS, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if not isinstance(trained_on, FourBit):
-        model = model_class.from_pretrained(base, **kwargs)
-        for name in rounded if trained_on else ():
-            weight = model.get_parameter(name)
-            weight.data.copy_(trained_on.round_trip(weight.data))
-    else:
-        quantization = {"dtype": trained_on.compute_dtype, "quantization_config": trained_on.to_transformers()}
-        model = model_class.from_pretrained(base, **{**kwargs, **quantization})
-        for parameter in model.parameters():
-            if parameter.is_floating_point():  # what is not quantized
-                parameter.data = parameter.data.to(dtype)
-    keep_4bit_layout(model)
-    vocab_size = config.get_text_config().vocab_size
+    rows = torch.randint(base.num_rows, (NUM_ROWS, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
+    model = base.load(dtype)
+    vocab_size = base.config.get_text_config().vocab_size
     plain = None
     if model.get_input_embeddings().weight.shape[0] != vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=True)
@@ -115,23 +133,22 @@ def compare_logits(
     expected = _logits(load_trained(model, adapter), rows)
     del model
     gc.collect()
-    got = _logits(model_class.from_pretrained(merged, **kwargs), rows)
+    got = _logits(base.model_class.from_pretrained(merged, dtype=dtype, trust_remote_code=base.trust_remote_code), rows)
     gc.collect()
-    shared = min(expected.shape[-1], got.shape[-1], num_base_rows)
+    shared = min(expected.shape[-1], got.shape[-1], base.num_rows)
     expected, got = expected[..., :shared], got[..., :shared]
     difference = got - expected
     centred = expected - expected.mean()
     reference = _log_probs(expected)
+    tolerances = [TOLERANCES[dtype], TOLERANCES[written]]
+    if isinstance(base.trained_on, FourBit):
+        tolerances.append(TOLERANCES[torch.bfloat16])
     return LogitProof(
         max_abs=difference.abs().max().item(),
         relative=(difference.pow(2).mean() / centred.pow(2).mean()).sqrt().item(),
         kl=_kl(reference, _log_probs(got)),
         kl_base=None if plain is None or plain.shape != reference.shape else _kl(reference, plain),
-        tolerance=max(
-            TOLERANCES[dtype],
-            TOLERANCES[written],
-            TOLERANCES[torch.bfloat16] if isinstance(trained_on, FourBit) else 0.0,
-        ),
+        tolerance=max(tolerances),
         dtype=dtype,
     )
 

@@ -12,6 +12,9 @@ from transformers.trainer_utils import check_target_module_exists
 
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import BaseOptimizerFactory
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -70,6 +73,13 @@ def build_param_groups(
             add(1, "embeddings", False, embedding_rate, parameter)
         else:
             add(0, "parameters", name in decay_names, learning_rate, parameter)
+    used = {place for place, _ in groups}
+    for place, group in enumerate(lr_groups, 2):
+        if place not in used:
+            LOG.warning(
+                f"`lr_groups`: the group `{group['name']}` is empty. No weight that is trained has one of {', '.join(group['modules'])} "
+                "in its name, or an earlier group took it."
+            )
     return [group for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
 
 

@@ -49,6 +49,14 @@ def test_each_parameter_is_in_one_group_with_its_rate():
     assert by_name["model.norm.weight"]["weight_decay"] == 0.0
 
 
+def test_a_group_without_weights_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr("axolotl.utils.optimizers.groups.LOG.warning", said.append)
+    lr_groups = [{"name": "out", "modules": ["o_proj"], "lr": 5e-3}, {"name": "none", "modules": ["nope"], "lr": 1.0}]
+    build_param_groups(parameters(), decay_names=set(), learning_rate=1e-3, weight_decay=0.1, lr_groups=lr_groups)
+    assert len(said) == 1 and "`none` is empty" in said[0]
+
+
 def test_frozen_parameters_are_left_out():
     named = parameters()
     named[1][1].requires_grad_(False)
@@ -117,6 +125,14 @@ def test_adopt_finds_a_minimum_and_resumes():
 
 def read(optimizer, **keys):
     return read_optimizer(DictDefault(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, **keys), None)
+
+
+def test_optim_args_in_the_place_of_a_setting_are_said():
+    cfg = DictDefault(
+        optimizer="sgd", learning_rate=1e-3, weight_decay=0.1, optim_args={"lr": 0.5, "weight_decay": 0.1}
+    )
+    assert read_optimizer(cfg, None)[1]["lr"] == 0.5
+    assert [(entry["key"], entry["value"]) for entry in cfg.resolution] == [("learning_rate", 0.5)]
 
 
 def test_settings_become_arguments():

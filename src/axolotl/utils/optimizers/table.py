@@ -228,6 +228,11 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
     cls = _load_class(name, row, cfg)
     options = _options_of(cls)
     given = _check_options(name, {**options, **row.projection}, read_optim_args(cfg))
+    for key, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if key in given and cfg[setting] and given[key] != cfg[setting]:
+            note_choice(
+                cfg, setting, given[key], f"`optim_args: {{{key}: {given[key]}}}` takes the place of {cfg[setting]}"
+            )
     settings = _read_settings(cfg, args)
     _move_betas(row, given, settings)
     projection = {key: given.pop(key, default) for key, default in row.projection.items()}

@@ -23,12 +23,10 @@ from transformers.trainer_callback import ExportableState
 from axolotl.core.checkpoint import (
     SAVED_CONFIG,
     TRAINER_STATE,
-    OutputFolder,
     aside_path,
     checkpoint_path,
-    is_write_error,
+    model_aside,
     remove_old_checkpoints,
-    rescue_dirs,
     seal_checkpoint,
     write_run_state,
 )
@@ -41,6 +39,7 @@ from axolotl.core.host_copy import (
     count_bytes,
     find_tensors,
 )
+from axolotl.core.output_dir import OutputFolder, is_write_error, rescue_dirs
 from axolotl.exceptions import CheckpointError, OutputError
 from axolotl.loaders.adapter_base import check_fits_base
 from axolotl.utils.distributed import zero_first
@@ -197,6 +196,19 @@ class CheckpointSaveMixin(Trainer):
 
     # ---- writing
 
+    def write_model(self, folder: Path) -> BaseException | None:
+        """Write the model to a folder, whole or not at all. The error of a rank that could not is returned on all ranks."""
+
+        def write() -> None:
+            self._check_still_there(folder)
+            with model_aside(folder, owner=self.args.should_save) as aside:
+                # All ranks may write a part: the files are moved when all of them are there.
+                error = self.together(lambda: self.save_model(str(aside), _internal_call=True))
+                if error is not None:
+                    raise error
+
+        return self.together(write)
+
     def _save_to(self, run_dir: Path, *, in_background: bool) -> None:
         """Save to `run_dir`; if that cannot be, save elsewhere and raise `OutputError` on every rank."""
         error = self._try_to_save(run_dir, in_background=in_background)
@@ -268,8 +280,7 @@ class CheckpointSaveMixin(Trainer):
 
     def _clear(self, run_dir: Path, aside: Path) -> None:
         """Make an empty folder to write to, where there is room."""
-        if self.output_folder is not None and self.output_folder.path == run_dir:
-            self.output_folder.check()
+        self._check_still_there(run_dir)
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
@@ -277,6 +288,11 @@ class CheckpointSaveMixin(Trainer):
             needed, free = sum(self._bytes_to_save()), shutil.disk_usage(run_dir).free
             if needed > free:
                 raise OSError(f"{run_dir} has {free / 2**30:.1f} GiB left, {needed / 2**30:.1f} GiB are needed")
+
+    def _check_still_there(self, folder: Path) -> None:
+        """Raise `OutputError` when this is the folder of the run and it has gone."""
+        if self.output_folder is not None and self.output_folder.path == folder:
+            self.output_folder.check()
 
     def _write_files(self, run_dir: Path, aside: Path) -> None:
         self.store_flos()
@@ -335,6 +351,16 @@ class CheckpointSaveMixin(Trainer):
         kept = cast("dict[str, Any]", self.state.stateful_callbacks)
         for name, found in states.items():
             kept[name] = found[0] if len(found) == 1 else found
+
+
+def write_model(trainer: Any, folder: Path) -> BaseException | None:
+    """`CheckpointSaveMixin.write_model`; a trainer that is not ours raises its error."""
+    if isinstance(trainer, CheckpointSaveMixin):
+        return trainer.write_model(folder)
+    with model_aside(folder, owner=trainer.args.should_save) as aside:
+        trainer.save_model(str(aside), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+    return None
 
 
 def without_secrets(args: Any) -> Any:

@@ -1,0 +1,47 @@
+"""What a run says when it ends by an error: where it came from, and what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.trainer_callback import CallbackHandler
+
+from axolotl.core.trainers.batch_size import what_would_help
+from axolotl.exceptions import AxolotlError
+from axolotl.utils.dict import DictDefault
+
+
+def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> str:
+    """The message of an out-of-memory error: step, sizes, keys to change."""
+    peak = ""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} of {total:.1f} GiB were in use)"
+    return (
+        f"Out of memory at step {trainer.state.global_step + 1}{peak}, with `micro_batch_size: {cfg.micro_batch_size}` and "
+        f"`sequence_len: {cfg.sequence_len}`. Checkpoints in {cfg.output_dir} are whole. Try, one after the other: "
+        f"{what_would_help(cfg)}. The library said: {str(error).splitlines()[0]}"
+    )
+
+
+def note_raising_callback(cfg: DictDefault, trainer: Any, error: Exception) -> None:
+    """Add to an error that came out of a callback which one it was, and how to go on."""
+    where = None if isinstance(error, AxolotlError) else find_raising_callback(error)
+    if where is not None:
+        error.add_note(
+            f"Raised by the callback {where} at step {trainer.state.global_step}. Checkpoints in {cfg.output_dir} are whole; go on "
+            "with `auto_resume_from_checkpoints: true` when it is mended."
+        )
+
+
+def find_raising_callback(error: BaseException) -> str | None:
+    """`package.module.Class.on_step_end` of the trainer callback that an error came out of; None when it was not one."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code is CallbackHandler.call_event.__code__:
+            names = frame.tb_frame.f_locals
+            kind = type(names["callback"])
+            return f"{kind.__module__}.{kind.__qualname__}.{names['event']}"
+        frame = frame.tb_next
+    return None
