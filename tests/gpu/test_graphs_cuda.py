@@ -139,6 +139,23 @@ def test_other_shapes_and_evaluation_in_between(tmp_path):
     assert found_other[0] == pytest.approx(wanted_other[0], rel=1e-3)
 
 
+def test_an_evaluation_gets_the_memory_if_it_is_short(tmp_path, monkeypatch):
+    model = make_model(tmp_path)
+    step = [full_rows(1)]
+    graphs = graph_layers(model)
+    for _ in range(WARM_UP + 2):
+        wanted = gradients(model, step)
+    assert graphs.num_shapes == 1
+    with monkeypatch.context() as short, torch.no_grad():
+        short.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+        model.eval()
+        model(**full_rows(4))
+        model.train()
+    assert graphs.num_shapes == 0
+    assert_same(gradients(model, step), wanted)
+    assert graphs.num_shapes == 1
+
+
 def test_two_forwards_before_a_backward(tmp_path):
     """The second one runs without graphs, which would write over what the first one's backward needs."""
     model = make_model(tmp_path)

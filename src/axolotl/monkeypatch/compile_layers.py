@@ -129,6 +129,8 @@ class CompiledForward:
         self, compiled: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self._failed or not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            if self.graphs is not None and self.graphs[1] == 0:
+                self.graphs[0].make_room()
             return plain(*args, **kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             mark_used()  # The attention inside the graph cannot.

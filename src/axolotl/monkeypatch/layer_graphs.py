@@ -50,6 +50,8 @@ MIN_LONGEST = 512
 MAX_HIDDEN_SIZE = 2560
 """Above, kernels take longer than their launches, and graphs bring nothing for the memory that they keep."""
 
+_PLAIN = (bool, int, float, str, torch.dtype)
+
 Layer = Callable[..., torch.Tensor]
 
 
@@ -211,6 +213,8 @@ class LayerGraphs:
         leaves, structure = tree_flatten(self._kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         others = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        if not all(leaf is None or isinstance(leaf, _PLAIN) for leaf in others):
+            return None  # an object may hold tensors of its own, such as the mask of flex attention
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in (hidden, *tensors))
         key = (shapes, others, str(structure), hidden.requires_grad)
         recording = self._recordings.get(key)
@@ -223,7 +227,8 @@ class LayerGraphs:
             can_record = is_known and previous is None and len(self._recordings) < MAX_SHAPES
             recording = self._record(hidden) if can_record else None
             if recording is None:
-                self._make_room()
+                if self._is_tight():
+                    self._give_up("batches of other shapes need their memory")
                 return None
             self._recordings[key] = recording
         else:
@@ -257,14 +262,25 @@ class LayerGraphs:
         self._bytes += torch.cuda.memory_reserved() - reserved
         return recording
 
-    def _make_room(self) -> None:
-        """A pass without graphs needs the memory that the graphs hold: where there is not twice as much, they go for good."""
-        if self._recordings and torch.cuda.mem_get_info()[0] < self._bytes:
-            self._give_up("batches of other shapes need their memory")
+    def make_room(self) -> None:
+        """For an evaluation, which may need the memory that the graphs hold. Where there is not twice as much, they are
+        forgotten, and recorded anew when training goes on."""
+        if self._is_tight():
+            self._forget()
+
+    def _is_tight(self) -> bool:
+        return bool(self._recordings) and torch.cuda.mem_get_info()[0] < self._bytes
+
+    def _forget(self) -> None:
+        self._recordings.clear()
+        self._recording = None
+        self._bytes = 0
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def _give_up(self, reason: str) -> None:
         self.failed = reason
-        self._recordings.clear()
+        self._forget()
         LOG.warning(f"The layers run without CUDA graphs: {reason}.")
 
     def _record_layers(self, hidden: torch.Tensor, kwargs: dict[str, Any], recording: _Recording) -> None:
