@@ -129,10 +129,13 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 when it went well, 2 for a misused command, 130 when interrupted, else 1."""
+    sys.exit(run(args))
+
+
+def command(args: list[str] | None = None) -> NoReturn:
+    """`main` as the whole of a process, which it ends."""
     own_process()
-    code = run(args)
-    end_process()
-    sys.exit(code)
+    end_process(run(args))
 
 
 def run(args: list[str] | None = None) -> int:
@@ -158,10 +161,10 @@ def run(args: list[str] | None = None) -> int:
             tee.close_debug_log()
 
 
-def run_module(command: str) -> NoReturn:
-    """`python -m axolotl.cli.<command> CONFIG --key=value`: the command in this process, whatever launched it."""
-    main([command, "--launcher", "python", *sys.argv[1:]])
+def run_module(name: str) -> NoReturn:
+    """`python -m axolotl.cli.<name> CONFIG --key=value`: the command in this process, whatever launched it."""
+    command([name, "--launcher", "python", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -95,6 +95,6 @@ def download_base_model(cfg: DictDefault) -> None:
 if __name__ == "__main__":
     import sys
 
-    from axolotl.cli.main import main
+    from axolotl.cli.main import command
 
-    main(["preprocess", *sys.argv[1:]])
+    command(["preprocess", *sys.argv[1:]])

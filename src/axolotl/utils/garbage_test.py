@@ -30,7 +30,7 @@ def test_collecting_stays_off_where_it_was_off():
 def test_in_our_own_process_what_is_imported_stays_until_it_ends():
     script = """
 import gc, sys
-from axolotl.utils.garbage import collecting_only_new, end_process, importing, own_process
+from axolotl.utils.garbage import collecting_only_new, importing, own_process
 own_process()
 with importing():
     kept = [[] for _ in range(1000)]
@@ -39,11 +39,35 @@ assert frozen >= 1000 and gc.isenabled()
 with collecting_only_new():
     pass
 assert gc.get_freeze_count() == frozen  # not given back
-sys.modules["triton"] = None
-end_process()
-assert gc.get_freeze_count() == 0  # its bindings want to be collected
-del sys.modules["triton"]
-end_process()
-assert gc.get_freeze_count() > 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    start = "import atexit, sys, threading\nfrom axolotl.utils.garbage import end_process\n"
+    return subprocess.run([sys.executable, "-c", start + script], capture_output=True, text=True)
+
+
+def test_what_waits_for_the_end_of_a_process_is_done():
+    script = """
+class Taken:
+    def __del__(self):
+        print("taken apart")
+kept = Taken()
+atexit.register(print, "handler")
+sys.stdout.write("written, ")
+end_process(3)
+"""
+    ended = run(script)
+    assert (ended.returncode, ended.stdout) == (3, "written, handler\n")
+
+
+def test_a_thread_at_work_is_waited_for():
+    script = """
+thread = threading.Timer(0.3, print, ["thread"])
+thread.start()
+atexit.register(print, "handler")
+end_process(0)
+"""
+    ended = run(script)
+    assert (ended.returncode, ended.stdout) == (0, "thread\nhandler\n")
