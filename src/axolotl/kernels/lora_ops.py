@@ -28,6 +28,9 @@ from axolotl.kernels.utils import compute_dtype
 Projection = tuple[Any, ...]  # what `get_lora_parameters` returns
 
 
+LowRank = tuple[torch.Tensor, torch.Tensor]  # (N, R) and (R, columns)
+
+
 class _Weights:
     """The frozen weights of an operator, each given dense when its matmul comes.
 
@@ -48,30 +51,39 @@ class _Weights:
             own = [next(tensors) if present >> bit & 1 else None for bit in range(NUM_STATE_TENSORS)]
             self.states.append((own, numbers) if present else None)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`x [W_0; W_1; ...]^T` (N, O_0 + O_1 + ...)."""
+    # A low-rank term comes first, and the matmul of the weights adds to it as it writes: the other way round the output would be
+    # read and written once more.
+
+    def product(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
+        """`x [W_0; W_1; ...]^T` (N, O_0 + O_1 + ...), plus the product of the two factors of `low_rank`."""
+        low_rank = _unless_empty(low_rank)
         if (fp8 := self._fp8()) is not None:
             scale = torch.cat([own[0] for own in fp8], dim=1) if len(fp8) > 1 else fp8[0][0]
-            return matmul_fp8(*quantize_rows(x), _stack(self.stored), scale, x.dtype)
+            y = matmul_fp8(*quantize_rows(x), _stack(self.stored), scale, x.dtype)
+            return y if low_rank is None else y.addmm_(*low_rank)
         whole = self._whole(x.dtype)
         if whole is not None:
-            return x @ whole.t()
-        y = x.new_empty(x.shape[0], sum(self.sizes))
+            return x @ whole.t() if low_rank is None else torch.mm(*low_rank).addmm_(x, whole.t())
+        y = x.new_empty(x.shape[0], sum(self.sizes)) if low_rank is None else torch.mm(*low_rank)
         for index, part in enumerate(y.split(self.sizes, dim=1)):
-            torch.mm(x, self._dense(index, x.dtype).t(), out=part)
+            part.addmm_(x, self._dense(index, x.dtype).t(), beta=0 if low_rank is None else 1)
         return y
 
-    def product_back(self, grad: torch.Tensor) -> torch.Tensor:
-        """`grad [W_0; W_1; ...]` (N, H) for a gradient (N, O_0 + O_1 + ...)."""
+    def product_back(self, grad: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
+        """`grad [W_0; W_1; ...]` (N, H) for a gradient (N, O_0 + O_1 + ...), plus the product of the factors of `low_rank`."""
+        low_rank = _unless_empty(low_rank)
         if (fp8 := self._fp8()) is not None:
-            return matmul_fp8(*quantize_rows(grad), fp8[0][1], fp8[0][2], grad.dtype)
+            grad_x = matmul_fp8(*quantize_rows(grad), fp8[0][1], fp8[0][2], grad.dtype)
+            return grad_x if low_rank is None else grad_x.addmm_(*low_rank)
         whole = self._whole(grad.dtype)
         if whole is not None:
-            return grad @ whole
-        first, *others = grad.split(self.sizes, dim=1)
-        grad_x = first @ self._dense(0, grad.dtype)
-        for index, part in enumerate(others, start=1):
-            grad_x.addmm_(part, self._dense(index, grad.dtype))
+            return grad @ whole if low_rank is None else torch.mm(*low_rank).addmm_(grad, whole)
+        grad_x = None if low_rank is None else torch.mm(*low_rank)
+        for index, part in enumerate(grad.split(self.sizes, dim=1)):
+            dense = self._dense(index, grad.dtype)
+            grad_x = part @ dense if grad_x is None else grad_x.addmm_(part, dense)
+            del dense
+        assert grad_x is not None
         return grad_x
 
     def _fp8(self) -> list[Any] | None:
@@ -99,6 +111,10 @@ class _Weights:
             return whole
         beside = self.states == [None] * len(self.stored) and _lie_in_a_row(self.stored)
         return _stack(self.stored) if beside and self.stored[0].dtype == dtype else None
+
+
+def _unless_empty(low_rank: LowRank | None) -> LowRank | None:
+    return low_rank if low_rank is not None and low_rank[0].shape[1] else None
 
 
 def _lie_in_a_row(weights: list[torch.Tensor]) -> bool:
@@ -141,8 +157,8 @@ def _rows_of(weights: list[torch.Tensor], layout: list[int]) -> list[int]:
 )
 def _project(x, weights, state, layout, a, b):
     """The outputs side by side (N, O), and `x A^T` (N, R)."""
-    y_NO, low_NR = _Weights(weights, state, layout).product(x), x @ a.t()
-    return (y_NO.addmm_(low_NR, b.t()) if b.shape[1] else y_NO), low_NR
+    low_NR = x @ a.t()
+    return _Weights(weights, state, layout).product(x, (low_NR, b.t())), low_NR
 
 
 @_project.register_fake
@@ -162,7 +178,7 @@ def _project_backward(grad, x, weights, state, layout, a, b, low, need_x):
     grad_a_RH, grad_b_OR = grad_low_NR.t() @ x, grad.t() @ low
     if not need_x:
         return x.new_empty(0), grad_a_RH, grad_b_OR
-    return _Weights(weights, state, layout).product_back(grad).addmm_(grad_low_NR, a), grad_a_RH, grad_b_OR
+    return _Weights(weights, state, layout).product_back(grad, (grad_low_NR, a)), grad_a_RH, grad_b_OR
 
 
 @_project_backward.register_fake
@@ -229,8 +245,7 @@ def _gate_up_backward(grad, grad_low, x, weights, state, layout, a, need_x):
     grad_a = grad_low.t() @ x
     if not need_x:
         return x.new_empty(0), grad_a
-    grad_x = _Weights(weights, state, layout).product_back(grad)
-    return grad_x.addmm_(grad_low, a), grad_a
+    return _Weights(weights, state, layout).product_back(grad, (grad_low, a)), grad_a
 
 
 @_gate_up_backward.register_fake
@@ -269,8 +284,9 @@ def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
     Gate and up get their low-rank terms here.
     """
     h_NI = lora_gated_forward(gu, low, b_gate, b_up, act)
-    y_NO, low_Nr = _Weights(weights, state, layout).product(h_NI), h_NI @ a.t()
-    return y_NO.addmm_(low_Nr, b.t()) if b.shape[1] else y_NO, low_Nr if keep_low else low_Nr.new_empty(0, a.shape[0])
+    low_Nr = h_NI @ a.t()
+    y_NO = _Weights(weights, state, layout).product(h_NI, (low_Nr, b.t()))
+    return y_NO, low_Nr if keep_low else low_Nr.new_empty(0, a.shape[0])
 
 
 @_down.register_fake
