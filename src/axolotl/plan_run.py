@@ -78,10 +78,10 @@ def lora_kernels_that_fit(cfg: DictDefault, config: PretrainedConfig, layer: nn.
     return frozenset(key for key, projections in KERNEL_PROJECTIONS.items() if cfg[key] and projections <= names)
 
 
-def loss_rows(cfg: DictDefault, tokens: int, vocab: int, compute_bytes: int) -> int:
-    """Rows that go through head and loss at once on a GPU."""
+def loss_rows(cfg: DictDefault, tokens: int, vocab: int, compute_bytes: int, trained_width: int | None = None) -> int:
+    """Rows that go through head and loss at once on a GPU; `trained_width` is the hidden size where the head is trained."""
     limit = chunk_limit(tokens, vocab, read_loss_args(cfg).get("loss_num_chunks"))
-    return rows_at_once(vocab, compute_bytes, limit, on_gpu=True)
+    return rows_at_once(vocab, compute_bytes, limit, on_gpu=True, trained_width=trained_width)
 
 
 def build_blank_model(cfg: DictDefault, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Module]:
@@ -128,6 +128,7 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, longe
     glu = "mlp" if "lora_mlp_kernel" in kernels else "glu" if cfg.liger_glu_activation else "no"
     compiled = compiles_layers(cfg, model.config)
     formats = _read_number_formats(cfg, is_adapter)
+    weights = _count_weights(model, adapted)
     shape = _read_widths(config)
     if layer is not None:
         copies = formats["trained_bytes"] != formats["compute_bytes"] or bool(cfg.lora_dropout)
@@ -162,12 +163,18 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, longe
         lora_kernels=bool(kernels),
         fused_norm=bool(cfg.liger_rms_norm),
         fused_glu=glu,
-        loss_rows=loss_rows(cfg, tokens, config.vocab_size, formats["compute_bytes"]),
+        loss_rows=loss_rows(
+            cfg,
+            tokens,
+            config.vocab_size,
+            formats["compute_bytes"],
+            config.hidden_size if weights["head_trained"] else None,
+        ),
         fused_loss=not cfg.rl and not cfg.reward_model,
         num_sequences_factor=2 if cfg.rl in PAIRED_LOSSES else 1,
         reference_copy=cfg.rl in REFERENCE_LOSSES and not is_adapter,
         **formats,
-        **_count_weights(model, adapted),
+        **weights,
         **_read_memory_knobs(cfg, model.config, row_length),
         **_read_shards(cfg),
     )

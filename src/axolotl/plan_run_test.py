@@ -61,6 +61,10 @@ def test_rows_of_the_loss():
     assert loss_rows(DictDefault(), 8192, 32064, 4) == 2048
     assert loss_rows(DictDefault(chunked_cross_entropy=True), 8192, 32064, 4) == 1024
     assert loss_rows(DictDefault(), 8192, 10**6, 2) == 128  # never fewer than a block
+    # A trained head: logits up to the size of its fp32 gradient, unless the number of chunks is given.
+    assert loss_rows(DictDefault(), 8192, 128256, 2, 4096) == 4096
+    assert loss_rows(DictDefault(), 8192, 128256, 2, 1024) == 2048
+    assert loss_rows(DictDefault(chunked_cross_entropy=True), 8192, 128256, 2, 4096) == 1024  # as asked for
 
 
 def test_the_machine_of_a_plan():

@@ -28,7 +28,10 @@ CHUNK_ELEMENTS = 2**26
 
 _ROW_MULTIPLE = 128
 """A matmul works on blocks of so many rows; chunks of fewer leave part of a GPU idle."""
-_BLOCK_V = 4096
+_ROWS_OF_TRAINED_HEAD = 4096
+"""Of a chunk: with so many the passes over the head's gradient take less than a tenth of the time of its matmul."""
+_BLOCK_V = 8192
+_BLOCK_SCALED = 4096
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,8 @@ def _cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * num_columns
     columns = tl.arange(0, BLOCK)
-    # Every lane keeps the maximum and the sum of the columns that it has seen; they meet at the end.
-    top = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    top = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)  # of exp(z - top), by lane
     plain_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
         at = start + columns
@@ -110,12 +112,10 @@ def _cross_entropy_kernel(
         if SMOOTHED:
             plain_sum += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, -float("inf"))
-        higher = tl.maximum(top, z)
-        known = higher > -float("inf")
-        total = tl.where(known, total * tl.exp(top - higher) + tl.exp(z - higher), 0.0)
+        higher = tl.maximum(top, tl.max(z, axis=0))
+        total = tl.where(higher > -float("inf"), total * tl.exp(top - higher) + tl.exp(z - higher), 0.0)
         top = higher
-    highest = tl.max(top, axis=0)
-    lse = highest + tl.log(tl.sum(tl.where(top > -float("inf"), total * tl.exp(top - highest), 0.0), axis=0))
+    lse = top + tl.log(tl.sum(total, axis=0))
     label = tl.load(label_ptr + row)
     target, _ = _capped(tl.load(row_ptr + label), scale, softcap, CAPPED)
     loss = lse - target + z_loss * lse * lse
@@ -145,21 +145,43 @@ def _loss_and_gradient(
     logits_CV: torch.Tensor, label_C: torch.Tensor, kind: TokenLoss, need_gradient: bool
 ) -> torch.Tensor:
     """The sum of the losses of some rows of raw logits, fp32. The gradient of the logits is written over them."""
-    softcap, smoothing, num_columns = kind.softcap, kind.label_smoothing, logits_CV.shape[1]
     entropy_C1 = entropy_weights(logits_CV, kind) if kind.entropy_top_k else None
     if runs_triton(logits_CV) and logits_CV.dtype != torch.float64:
-        loss_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
-        with torch.cuda.device(logits_CV.device):
-            _cross_entropy_kernel[(logits_CV.shape[0],)](
-                logits_CV, label_C, loss_C, num_columns, kind.logit_scale, 1.0 if softcap is None else softcap,
-                smoothing, kind.z_loss, CAPPED=softcap is not None, SMOOTHED=smoothing > 0.0,
-                SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
-            )  # fmt: skip
-        if entropy_C1 is None:
-            return loss_C.sum()
-        if need_gradient:
-            logits_CV.mul_(entropy_C1)
-        return (loss_C * entropy_C1[:, 0]).sum()
+        return _loss_and_gradient_triton(logits_CV, label_C, kind, entropy_C1, need_gradient)
+    return _loss_and_gradient_torch(logits_CV, label_C, kind, entropy_C1, need_gradient)
+
+
+def _loss_and_gradient_triton(
+    logits_CV: torch.Tensor,
+    label_C: torch.Tensor,
+    kind: TokenLoss,
+    entropy_C1: torch.Tensor | None,
+    need_gradient: bool,
+) -> torch.Tensor:
+    softcap, smoothing, num_columns = kind.softcap, kind.label_smoothing, logits_CV.shape[1]
+    loss_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
+    with torch.cuda.device(logits_CV.device):
+        _cross_entropy_kernel[(logits_CV.shape[0],)](
+            logits_CV, label_C, loss_C, num_columns, kind.logit_scale, 1.0 if softcap is None else softcap,
+            smoothing, kind.z_loss, CAPPED=softcap is not None, SMOOTHED=smoothing > 0.0,
+            SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
+        )  # fmt: skip
+    if entropy_C1 is None:
+        return loss_C.sum()
+    if need_gradient:
+        logits_CV.mul_(entropy_C1)
+    return (loss_C * entropy_C1[:, 0]).sum()
+
+
+def _loss_and_gradient_torch(
+    logits_CV: torch.Tensor,
+    label_C: torch.Tensor,
+    kind: TokenLoss,
+    entropy_C1: torch.Tensor | None,
+    need_gradient: bool,
+) -> torch.Tensor:
+    """What the kernel computes, in PyTorch."""
+    softcap, smoothing, num_columns = kind.softcap, kind.label_smoothing, logits_CV.shape[1]
     z_CV = logits_CV.float()
     if kind.logit_scale != 1.0:
         z_CV = z_CV * kind.logit_scale
@@ -196,13 +218,32 @@ def _loss_and_gradient(
     return loss_C1.sum()
 
 
-def rows_at_once(num_columns: int, logit_bytes: int, chunk_elements: int = CHUNK_ELEMENTS, *, on_gpu: bool) -> int:
-    """Rows of a chunk, at least one, for logits of `num_columns` with `logit_bytes` each."""
-    rows = max(1, chunk_elements // num_columns)
+def rows_at_once(
+    num_columns: int,
+    logit_bytes: int,
+    chunk_elements: int | None = None,
+    *,
+    on_gpu: bool,
+    trained_width: int | None = None,
+) -> int:
+    """Rows of a chunk, at least one.
+
+    Args:
+        num_columns: size of the vocabulary.
+        logit_bytes: bytes of a logit.
+        chunk_elements: at most this many fp32 logits, or twice as many of half precision; None for `CHUNK_ELEMENTS`, or more
+            where `trained_width` says so.
+        on_gpu: use blocks of rows that fill a GPU.
+        trained_width: hidden size of a head that is trained. Each chunk reads and writes the fp32 gradient of the head, so that
+            on a GPU fewer and larger ones pay until the logits are as large.
+    """
+    rows = max(1, (chunk_elements or CHUNK_ELEMENTS) // num_columns)
     if not on_gpu:
         return rows
     # Logits of half precision, with no fp32 copy, leave room for twice as many.
     rows = rows * 2 if logit_bytes == 2 else rows
+    if trained_width is not None and chunk_elements is None:
+        rows = max(rows, min(_ROWS_OF_TRAINED_HEAD, trained_width * 4 // logit_bytes))
     return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 
@@ -225,7 +266,7 @@ def linear_cross_entropy(
     token_scaling: bool = False,
     entropy_top_k: int = 0,
     entropy_alpha: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     kept_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over rows of `-log softmax(f(hidden @ weight.T + bias))[label]`, or of what else `TokenLoss` says.
@@ -246,7 +287,7 @@ def linear_cross_entropy(
         token_scaling: weigh each token by its probability.
         entropy_top_k: weigh each token by the entropy of so many tokens.
         entropy_alpha: exponent of that weight.
-        chunk_elements: at most this many logits exist at once (always at least one row).
+        chunk_elements: at most this many logits exist at once (always at least one row), as for `rows_at_once`.
         kept_S: `find_kept_rows` of the labels, for a caller that has it: finding them waits for a GPU.
 
     Returns:
@@ -260,7 +301,13 @@ def linear_cross_entropy(
     # `index_select` is differentiable: its backward writes zeros to the rows that were dropped.
     hidden_SH = hidden_NH if kept_S.numel() == labels_N.numel() else hidden_NH.index_select(0, kept_S)
     labels_S = labels_N if kept_S.numel() == labels_N.numel() else labels_N.index_select(0, kept_S)
-    rows = rows_at_once(weight_VH.shape[0], dtype.itemsize, chunk_elements, on_gpu=hidden_NH.is_cuda)
+    rows = rows_at_once(
+        weight_VH.shape[0],
+        dtype.itemsize,
+        chunk_elements,
+        on_gpu=hidden_NH.is_cuda,
+        trained_width=weight_VH.shape[1] if weight_VH.requires_grad else None,
+    )
     kind = TokenLoss(softcap, logit_scale, label_smoothing, z_loss, token_scaling, entropy_top_k, entropy_alpha)
     return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype)
 
@@ -271,6 +318,25 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += (a @ b).float()
+
+
+@jit
+def _scale_kernel(ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(ptr + at, mask=inside).to(tl.float32) * tl.load(scale_ptr).to(tl.float32)
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+def _scale_(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`values *= scale` with a scalar tensor that is not rounded to the dtype of `values` first, as PyTorch does."""
+    if runs_triton(values) and values.dtype != torch.float64 and values.is_contiguous():
+        with torch.cuda.device(values.device):
+            _scale_kernel[(-(-values.numel() // _BLOCK_SCALED),)](values, scale, values.numel(), BLOCK=_BLOCK_SCALED)
+        return values
+    if values.dtype in (torch.float16, torch.bfloat16):
+        return values.copy_(values.float() * scale)
+    return values.mul_(scale.to(values.dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -303,6 +369,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
                     _add_product(grad_weight, grad_CV.T, x_CH)
+                del logits_CV, grad_CV  # before the next ones are made
         ctx.grads = (
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight_VH.dtype),
@@ -313,6 +380,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):
-        scaled = tuple(None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.grads)
+        scaled = tuple(None if grad is None else _scale_(grad, grad_total) for grad in ctx.grads)
         del ctx.grads
         return *scaled, None, None, None, None

@@ -302,8 +302,8 @@ def activation_bytes(run: Run) -> float:
     Without checkpointing every layer keeps what it needs. With checkpointing each layer keeps only its input, cH, and the
     moment is one layer, recomputed in full, with its backward. Offloading moves the kept inputs to the CPU, of which two are
     in flight. Selective checkpointing also keeps what attention gave, cA and its logsumexp.
-    The last norm is not compiled with the layers; with its output it is alive during the loss and over before the layers'
-    backward begins. The loss is over then, too, so only the larger of the two moments counts.
+    The last norm, of which compiled only the input is kept, is with its output alive during the loss and over before the
+    layers' backward begins. The loss is over then, too, so only the larger of the two moments counts.
     """
     layer, c = run.layer, run.compute_bytes
     tokens = run.alive_tokens
@@ -318,7 +318,8 @@ def activation_bytes(run: Run) -> float:
         moment += one * tokens
     else:
         kept = one * run.num_layers
-    final_norm = (norm_bytes(run) + c * layer.hidden) * tokens
+    norm = c * layer.hidden + 4 if run.compiled else norm_bytes(run)
+    final_norm = (norm + c * layer.hidden) * tokens
     later = max(0.0, moment - loss_bytes(run) - final_norm)
     return kept * tokens + cast_bytes(run) + graph_bytes(run) + final_norm + later
 
@@ -326,9 +327,9 @@ def activation_bytes(run: Run) -> float:
 def loss_bytes(run: Run) -> float:
     """Bytes of the output head and the loss.
 
-    Chunked: the logits of two chunks in the compute dtype, over which their gradient is written, because a chunk is let go
-    when the next one is there; the rows that carry loss and the gradient of the hidden states, cTH each; and for a trained
-    head its gradient in float32, 4VH, which at the end stands beside the last chunk and its copy in the dtype of the weight.
+    Chunked: the logits of one chunk in the compute dtype, over which their gradient is written; the rows that carry loss and
+    the gradient of the hidden states, cTH each; and for a trained head its gradient in float32, 4VH, which at the end stands
+    beside its copy in the dtype of the weight.
     Whole: the logits in the compute dtype, float32, their log-softmax and the gradients of both, V(c + 4 + 4 + 4 + c).
     """
     layer, c = run.layer, run.compute_bytes
@@ -336,9 +337,8 @@ def loss_bytes(run: Run) -> float:
     if not run.fused_loss:
         return tokens * run.vocab * (2 * c + 12)
     chunk = c * run.vocab * min(run.loss_rows, tokens)
-    second = c * run.vocab * min(run.loss_rows, max(tokens - run.loss_rows, 0))
     head = run.vocab * layer.hidden if run.head_trained else 0
-    return 2 * c * tokens * layer.hidden + 4 * head + chunk + max(second, run.trained_bytes * head)
+    return 2 * c * tokens * layer.hidden + 4 * head + max(chunk, run.trained_bytes * head)
 
 
 def optimizer_bytes(run: Run) -> float:

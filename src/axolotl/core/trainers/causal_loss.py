@@ -134,7 +134,8 @@ def read_logit_formula(config: Any) -> list[tuple[float | None, float]]:
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     fields = text.to_dict()
-    caps = [None, *(v for k in ("final_logit_softcapping",) if (v := fields.get(k)))]
+    cap = fields.get("final_logit_softcapping")
+    caps = [None, cap] if cap else [None]
     scales = [1.0]
     for key in ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"):
         value = fields.get(key)
@@ -187,10 +188,10 @@ def probe_logit_formula(run: Callable[..., Any], model: nn.Module, head: nn.Line
     return "the model changes its logits in a way that is not known here"
 
 
-def chunk_limit(num_rows: int, num_columns: int, num_chunks: int | None) -> int:
-    """Logits that may exist at once: what memory allows, or fewer where `num_chunks` pieces of the rows are asked for."""
+def chunk_limit(num_rows: int, num_columns: int, num_chunks: int | None) -> int | None:
+    """Logits that may exist at once where `num_chunks` pieces of the rows are asked for; None leaves it to the loss."""
     if num_chunks is None:
-        return CHUNK_ELEMENTS
+        return None
     return min(CHUNK_ELEMENTS, math.ceil(num_rows / num_chunks) * num_columns)
 
 
