@@ -70,6 +70,15 @@ def test_no_pad_token_is_said(tokenizer):
         DataCollatorForSeq2Seq(tokenizer)([row(5, 6), row(8)])
 
 
+def test_padding_is_cut_into_documents_no_longer_than_the_others(tokenizer):
+    rows = [[row(*range(1, 301)), row(*range(1, 11))], [row(5)]]
+    batch = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=1000, varlen=True)(rows)
+    assert batch["cu_seq_lens_q"].diff().tolist() == [300, 10, 300, 300, 90, 1, 300, 300, 300, 99]
+    assert batch["max_length_q"] == 300
+    empty = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=600, varlen=True)([[row(5)], []])
+    assert empty["cu_seq_lens_q"].diff().tolist() == [1, 256, 256, 87, 256, 256, 88]
+
+
 def test_bins_become_rows(tokenizer):
     batch = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, varlen=True)(
         [[row(1, 2, 3), row(4, 5)], [row(6, 7, 8, 9)]]

@@ -14,6 +14,9 @@ Row = Mapping[str, Any]
 BOOKKEEPING = frozenset({"length"})
 """Columns that no model takes."""
 
+PADDING_DOCUMENT = 256
+"""Tokens of padding that attend to each other at most, where no document is longer."""
+
 
 def token_arrays(row: Row) -> dict[str, np.ndarray]:
     """The columns of a row that hold one number per token, as arrays. Text, nested and scalar columns are not for the model."""
@@ -65,7 +68,10 @@ def document_positions(lengths: Sequence[int]) -> np.ndarray:
 
 
 def document_borders(lengths: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, int]:
-    """Cumulative lengths over a (B, width) block read row after row; padding at the end of a row is a document.
+    """Cumulative lengths over a (B, width) block read row after row.
+
+    Padding at the end of a row is cut into documents no longer than the longest real one, or `PADDING_DOCUMENT`: attention takes
+    the square of a document's length, and most of a long row may be padding.
 
     Args:
         lengths: per row of the block, the lengths of its documents.
@@ -75,9 +81,9 @@ def document_borders(lengths: Sequence[Sequence[int]], width: int) -> tuple[np.n
         `(borders, longest)`: int32 (D + 1,) starting at 0 and ending at B * width, and the longest document.
     """
     pieces: list[int] = []
+    most = max([PADDING_DOCUMENT, *(n for row in lengths for n in row)])
     for row in lengths:
-        filled = sum(row)
         pieces += [n for n in row if n]
-        if filled < width:
-            pieces.append(width - filled)
+        whole, rest = divmod(width - sum(row), most)
+        pieces += [most] * whole + [rest] * (rest > 0)
     return np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32), max(pieces, default=0)
