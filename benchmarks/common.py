@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -16,6 +17,8 @@ import peft
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+
+from axolotl.monkeypatch.attention.flash4 import is_usable
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,5 +123,6 @@ def record_head() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
+            **({"flash-attn-4": importlib.metadata.version("flash-attn-4")} if is_usable(torch.device(DEVICE)) else {}),
         },
     }

@@ -14,10 +14,12 @@ data and logging included. The rate is the median of steps 4 to 12; the first st
 `--compare PEER[=PYTHON]` runs the same rows, model and batch in another framework (`benchmarks/peers`), timed by the same clock:
 `trl`, `unsloth`, `llamafactory`, `axolotl` (the existing one, from the environment of another python), or `plain`, which is this
 package with bf16 weights, without the compiler and the LoRA kernels: what the losses are held against. PYTHON is the one that runs
-this script unless named. A row with an fp8 base is compared with bf16, as no peer has it.
+this script unless named. A row with an fp8 base is compared with bf16, as no peer has it. A peer that is not there or fails has its
+reason and the end of its log in the record, in place of numbers; the others are measured.
 
 Rows are random ids: full ones of `sequence_len`, or, packed, documents with the lengths of GSM8K. With `--data` (JSONL of `question`
-and `answer`) and `--tokenizer` they are that text. Writes `benchmarks/results/<device>-row-<name>.json`; what was changed on the command line is in the name.
+and `answer`) and `--tokenizer` they are that text. Writes `benchmarks/results/<device>-row-<name>.json`; in the name is what was
+changed on the command line, and `flash4` where the package flash-attn-4 computes attention.
 """
 
 from __future__ import annotations
@@ -33,23 +35,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import DATASHEET_TFLOPS, DEVICE, HERE, SHAPES, device_slug, flop_per_token, matmul_tflops, record_head
 from rows import ROWS, Row, described
 from runners import PEERS, TRAIN, RunError, Runner, find_runner, train
+from step_clock import TOKENS_OF_ROWS
 from transformers import LlamaConfig
 from workload import make_base, random_documents, read_documents, write_config, write_rows
 
+from axolotl.monkeypatch.attention.flash4 import is_usable
+
 PRODUCT = "product"
 FIRST, LAST = 4, 12  # measured steps
-TOKEN_COUNTS = ("tokens/total", "num_tokens", "num_input_tokens_seen")  # cumulative, as the trainers log them
+# Tokens since the start without padding, by their names in the log, and who counts them.
+TOKEN_COUNTS = {"tokens/total": "trainer", "num_tokens": "trainer", TOKENS_OF_ROWS: "rows"}
 
 
 def tokens_of_steps(steps: list[dict[str, Any]], full: int) -> tuple[list[int], str]:
-    """Tokens of each step without padding, and who counted them: the trainer, or nobody, so that rows count as full."""
-    for name in TOKEN_COUNTS:
+    """Tokens of each step without padding, and who counted them. If nobody did, rows count as full."""
+    for name, counted in TOKEN_COUNTS.items():
         if all(name in step["logs"] for step in steps):
             counts = [0, *(int(step["logs"][name]) for step in steps)]
-            return [after - before for before, after in itertools.pairwise(counts)], "trainer"
+            return [after - before for before, after in itertools.pairwise(counts)], counted
     return [full] * len(steps), "full rows"
 
 
@@ -104,9 +111,10 @@ class Bench:
             try:
                 result = self._measure(runner, dataclasses.replace(self.row, sequence_len=length), starts)
             except RunError as error:
-                if not error.out_of_memory or not best:
+                if not best:
                     raise
-                tried.append({"sequence_len": length, "fits": False})
+                reason = {} if error.out_of_memory else error.recorded()
+                tried.append({"sequence_len": length, "fits": False, **reason})
                 break
             best = {"longest_row": length, **result}
             numbers = {key: result[key] for key in ("tokens_per_second", "peak_gib")}
@@ -119,7 +127,7 @@ class Bench:
         documents = (
             read_documents(self.data, str(self.tokenizer), self.model.vocab_size)
             if self.data
-            else random_documents(self.model.vocab_size, random.Random(0))
+            else random_documents(self.model.vocab_size, random.Random(0), row.sequence_len)
         )
         length = write_rows(folder / "rows.jsonl", row, documents)
         config = folder / f"{runner.name}.yml"
@@ -134,7 +142,8 @@ class Bench:
         cache, results = self.folder / f"cache-{runner.name}", []
         for _ in range(starts):
             shutil.rmtree(config.with_suffix(""), ignore_errors=True)
-            results.append(summarize(train(runner, config, cache, self.limit_seconds), row, flop, self.matmul))
+            run = train(runner, config, cache, row.steps, self.limit_seconds)
+            results.append(summarize(run, row, flop, self.matmul))
         shutil.rmtree(config.with_suffix(""), ignore_errors=True)  # weights of all sizes, of no use
         begun = [{key: one[key] for key in ("compile_cache", "first_step_after_start_seconds")} for one in results]
         return {**results[-1], "starts": begun}
@@ -142,13 +151,13 @@ class Bench:
 
 def compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Our numbers over theirs, and the largest and mean distance of the losses as a share of theirs."""
-    apart = [abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=False)]
-    memory = (ours["peak_gib"], theirs["peak_gib"])
-    longest = (ours.get("longest_row"), theirs.get("longest_row"))
+    apart = [abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
     return {
         "tokens_per_second": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
-        "peak_gib": round(memory[0] / memory[1], 3) if all(memory) else None,
-        **({"longest_row": round(longest[0] / longest[1], 3)} if all(longest) else {}),
+        "peak_gib": round(ours["peak_gib"] / theirs["peak_gib"], 3)
+        if ours["peak_gib"] and theirs["peak_gib"]
+        else None,
+        **({"longest_row": round(ours["longest_row"] / theirs["longest_row"], 3)} if "longest_row" in ours else {}),
         "loss_difference_first": apart[0],
         "loss_difference_mean": statistics.mean(apart),
         "loss_difference_max": max(apart),
@@ -157,7 +166,8 @@ def compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 def described_run(name: str, run: dict[str, Any]) -> str:
     if "error" in run:
-        return f"{name:13} failed: {run['error']}"
+        lines = [f"{name:13} failed: {run['error']}", *(f"{'':13} | {line}" for line in run.get("log_end", []))]
+        return "\n".join(lines)
     longest = f"  longest row {run['longest_row']:,}" if "longest_row" in run else ""
     return (
         f"{name:13} {run['tokens_per_second']:>11,} tok/s  {run['peak_gib']} GiB  {run['tflops']:.1f} TFLOP/s "
@@ -190,6 +200,9 @@ def parse() -> argparse.Namespace:
         parser.error("--data and --tokenizer go together")
     if args.steps is not None and args.steps < FIRST:
         parser.error(f"--steps {args.steps}: the rate is the median from step {FIRST} on")
+    names = [wanted.partition("=")[0] for wanted in args.compare]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        parser.error(f"--compare names {', '.join(sorted(repeated))} more than once")
     if args.starts < 1:
         parser.error(f"--starts {args.starts}: at least 1")
     return args
@@ -209,8 +222,14 @@ def main() -> int:
     folder = (args.work / args.name).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    product = Runner(PRODUCT, sys.executable, TRAIN)
-    peers = [find_runner(wanted, folder) for wanted in args.compare]
+    runners: dict[str, Runner | RunError] = {PRODUCT: Runner(PRODUCT, sys.executable, TRAIN)}
+    for wanted in args.compare:
+        try:
+            runner = find_runner(wanted, folder)
+            runners[runner.name] = runner
+        except RunError as error:
+            runners[wanted.partition("=")[0]] = error
+            print(f"{wanted}: {error} The others are measured.", file=sys.stderr)
     base = args.work.resolve() / f"base-{row.shape}"
     model = make_base(base, row.shape)
     matmul = matmul_tflops()
@@ -228,18 +247,24 @@ def main() -> int:
         "ratio": {},
     }
     changed = [f"{name.replace('_', '-')}-{value}" for name, value in changes.items() if name != "lengths"]
+    if is_usable(torch.device(DEVICE)):
+        changed.append("flash4")
     slug = "-".join([device_slug(), "row", args.name, *changed, *(["text"] if args.data else [])])
     path = args.results / f"{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for runner in (product, *peers):
+    for name, runner in runners.items():
         try:
-            runs[runner.name] = bench.measure(runner, args.starts if runner is product else 1)
+            if isinstance(runner, RunError):
+                raise runner
+            runs[name] = bench.measure(runner, args.starts if name == PRODUCT else 1)
         except RunError as error:
-            runs[runner.name] = {"error": str(error)}
-        print(described_run(runner.name, runs[runner.name]), flush=True)
-        if runner is not product and not any("error" in runs[name] for name in (PRODUCT, runner.name)):
-            record["ratio"][runner.name] = compared(runs[PRODUCT], runs[runner.name])
-            print(f"{'':13} ratio {record['ratio'][runner.name]['tokens_per_second']}")
+            runs[name] = error.recorded()
+            if error.log:
+                print(f"{name:13} its log: {error.log}")
+        print(described_run(name, runs[name]), flush=True)
+        if name != PRODUCT and not any("error" in runs[one] for one in (PRODUCT, name)):
+            record["ratio"][name] = compared(runs[PRODUCT], runs[name])
+            print(f"{'':13} ratio {record['ratio'][name]['tokens_per_second']}")
         path.write_text(json.dumps(record, indent=1) + "\n")  # after each, for a peer may take the machine with it
     print(path)
     return int(any("error" in run for run in runs.values()))

@@ -7,10 +7,12 @@ nothing is synchronized for the sake of the measurement. Needs only what every t
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +21,13 @@ from transformers import TrainerCallback
 PATH = "STEP_CLOCK"
 """Environment variable: the file to write."""
 
-VERSIONS = ("torch", "transformers", "peft", "trl", "liger-kernel", "flash-attn", "axolotl", "unsloth", "llamafactory")
+TOKENS_OF_ROWS = "tokens_of_rows"
+"""Log entry: tokens since the start, counted in the rows."""
+
+VERSIONS = (
+    "torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "flash-attn", "xformers", "axolotl", "unsloth",
+    "unsloth_zoo", "llamafactory",
+)  # fmt: skip
 
 
 def installed_versions() -> dict[str, str]:
@@ -32,11 +40,23 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-class StepClock(TrainerCallback):
-    """Writes a line of JSON when training begins and one per logged step: time, step, peak memory, what was logged."""
+def tokens_by_step(lengths: Iterable[int], rows_per_step: int, steps: int) -> list[int]:
+    """Tokens of each step where rows are read in their order, epoch after epoch. The last step of an epoch may have fewer rows."""
+    rows = list(lengths)
+    epoch = [sum(rows[place : place + rows_per_step]) for place in range(0, len(rows), rows_per_step)]
+    return list(itertools.islice(itertools.cycle(epoch), steps))
 
-    def __init__(self) -> None:
+
+class StepClock(TrainerCallback):
+    """Writes a line of JSON when training begins and one per logged step: time, step, peak memory, what was logged.
+
+    Args:
+        tokens: of each step, without padding, where the trainer logs no such number and it is known from the rows.
+    """
+
+    def __init__(self, tokens: Sequence[int] | None = None) -> None:
         self.path = os.environ[PATH]
+        self.totals = None if tokens is None else list(itertools.accumulate(tokens))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with open(self.path, "w") as file:
@@ -49,5 +69,7 @@ class StepClock(TrainerCallback):
         if torch.cuda.is_available():
             line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         line["logs"] = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        if self.totals is not None:
+            line["logs"][TOKENS_OF_ROWS] = self.totals[state.global_step - 1]
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")

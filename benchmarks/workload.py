@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # Lengths of GSM8K's training rows in tokens of phi-3-mini: mean and deviation of their logarithm, share of the prompt.
 MEAN_LOG, DEVIATION_LOG, PROMPT_SHARE = 5.244, 0.348, 0.369
+ROOMY = 1024  # tokens of a row that holds several such documents
 
 
 def make_base(folder: Path, shape: str) -> LlamaConfig:
@@ -44,10 +45,11 @@ def make_base(folder: Path, shape: str) -> LlamaConfig:
 Document = tuple[list[int], int]  # ids, and how many of the first are the prompt
 
 
-def random_documents(vocab_size: int, rng: random.Random) -> Iterator[Document]:
-    """Random ids with the lengths of GSM8K, without end."""
+def random_documents(vocab_size: int, rng: random.Random, row_length: int) -> Iterator[Document]:
+    """Random ids with the lengths of GSM8K, without end; where `row_length` has no room for several, shortened alike."""
+    scale = min(1.0, row_length / ROOMY)
     while True:
-        length = max(8, round(rng.lognormvariate(MEAN_LOG, DEVIATION_LOG)))
+        length = max(8, round(scale * rng.lognormvariate(MEAN_LOG, DEVIATION_LOG)))
         yield rng.choices(range(len(SPECIAL), vocab_size), k=length), round(length * PROMPT_SHARE)
 
 
@@ -71,10 +73,14 @@ def read_documents(data: Path, tokenizer: str, vocab_size: int) -> Iterator[Docu
 
 
 def full_rows(documents: Iterable[Document], length: int) -> Iterator[Document]:
-    """The documents one after another, cut to rows of one length that train on every token."""
+    """The documents one after another, cut to rows of one length that train on every token but the first.
+
+    Nothing comes before it, so its label takes part in no loss, masked or not. Older releases of transformers (5.6) divide by the
+    number of labels and count it: unmasked it would make the losses of peers on them smaller by one part in `length`.
+    """
     ids = (token for document, _ in documents for token in document)
     while row := list(islice(ids, length)):
-        yield row, 0
+        yield row, 1
 
 
 def write_rows(path: Path, row: Row, documents: Iterator[Document]) -> float:
@@ -88,8 +94,9 @@ def write_rows(path: Path, row: Row, documents: Iterator[Document]) -> float:
         for ids, num_prompt in rows:
             if total >= wanted:
                 break
-            ids, total = ids[: row.sequence_len], total + len(ids)
-            squares += len(ids) ** 2
+            ids = ids[: row.sequence_len]
+            total, squares = total + len(ids), squares + len(ids) ** 2
+            num_prompt = min(num_prompt, len(ids) - 1)  # a document cut within its prompt trains on its last token
             labels = [-100] * num_prompt + ids[num_prompt:]
             columns = {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
             file.write(json.dumps(columns) + "\n")

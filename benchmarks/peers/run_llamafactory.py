@@ -1,8 +1,9 @@
-"""LLaMA-Factory on the workload of a benchmark's YAML: `python run_llamafactory.py config.yml`. Written from its documentation.
+"""LLaMA-Factory on the workload of a benchmark's YAML: `python run_llamafactory.py config.yml`.
 
 The rows reach it as a tokenized dataset (`tokenized_path`), and packed ones as its `neat_packing` makes them: documents numbered in
-the attention mask, positions that begin again. What `llamafactory-cli train` calls is called here, as only it takes a callback.
-Has not been run here: LLaMA-Factory was not installed on any machine of this project's tests.
+the attention mask, positions that begin again, padding at the end. What `llamafactory-cli train` calls is called here, as only it
+takes a callback. LoRA, QLoRA, all weights and packed rows have run on a CPU with LLaMA-Factory 0.9.5; what it uses only on a GPU
+(bf16, flash-attn, Liger) has not been tried.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, Features, Sequence, Value
-from step_clock import StepClock
+from step_clock import StepClock, tokens_by_step
 
-COLUMNS = Features(
-    {name: Sequence(Value("int32")) for name in ("input_ids", "attention_mask", "position_ids", "labels")}
-)
+COLUMNS = ("input_ids", "attention_mask", "labels")
+MULTIPLE = 8  # of a batch's length, in its collator, which pads all columns but the positions
+Rows = list[dict[str, list[int]]]
 
 
-def pack(documents: list[dict[str, list[int]]], length: int) -> Iterator[dict[str, list[int]]]:
-    """Rows of at most `length` tokens, first fit of the longest first."""
+def pack(documents: Rows, length: int) -> Iterator[dict[str, list[int]]]:
+    """Rows of up to `length` tokens, first fit of the longest first.
+
+    They are padded to one length, which leaves the collator nothing to pad. It is longer than `length`, as its own packed rows
+    are: without padding in a row flash-attn would lose its mask.
+    """
+    padded = (length // MULTIPLE + 1) * MULTIPLE
     bins: list[tuple[int, list[dict[str, list[int]]]]] = []
     open_from = 0  # bins before it have no room for the shortest document
     shortest = min(len(document["input_ids"]) for document in documents)
@@ -40,23 +46,26 @@ def pack(documents: list[dict[str, list[int]]], length: int) -> Iterator[dict[st
         while open_from < len(bins) and bins[open_from][0] < shortest:
             open_from += 1
     for _, content in bins:
-        row: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        row: dict[str, list[int]] = {name: [] for name in (*COLUMNS, "position_ids")}
         for number, document in enumerate(content, start=1):
             size = len(document["input_ids"])
             row["input_ids"] += document["input_ids"]
             row["labels"] += document["labels"]
             row["attention_mask"] += [number] * size
             row["position_ids"] += range(size)
+        for name, values in row.items():
+            values += [-100 if name == "labels" else 0] * (padded - len(values))
         yield row
 
 
-def save_rows(cfg: dict[str, Any], folder: Path) -> None:
-    documents = [json.loads(line) for line in Path(cfg["datasets"][0]["path"]).read_text().splitlines()]
+def save_rows(cfg: dict[str, Any], folder: Path) -> Rows:
+    """Write the rows for `tokenized_path`, and return them in the order that they are read."""
+    rows = [json.loads(line) for line in Path(cfg["datasets"][0]["path"]).read_text().splitlines()]
     if cfg.get("sample_packing"):
-        rows = list(pack(documents, cfg["sequence_len"]))
-    else:
-        rows = [{**document, "position_ids": list(range(len(document["input_ids"])))} for document in documents]
-    DatasetDict({"train": Dataset.from_list(rows, features=COLUMNS)}).save_to_disk(folder)
+        rows = list(pack(rows, cfg["sequence_len"]))
+    features = Features({name: Sequence(Value("int32")) for name in rows[0]})
+    DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder)
+    return rows
 
 
 def translated(cfg: dict[str, Any], tokenized: Path) -> dict[str, Any]:
@@ -78,6 +87,8 @@ def translated(cfg: dict[str, Any], tokenized: Path) -> dict[str, Any]:
         "max_steps": cfg["max_steps"],
         "learning_rate": cfg["learning_rate"],
         "lr_scheduler_type": cfg["lr_scheduler"],
+        "warmup_steps": cfg["warmup_steps"],
+        "weight_decay": cfg["weight_decay"],
         "optim": cfg["optimizer"],
         "seed": cfg["seed"],
         "disable_shuffling": True,
@@ -95,7 +106,7 @@ def translated(cfg: dict[str, Any], tokenized: Path) -> dict[str, Any]:
     else:
         keys |= {"finetuning_type": "full", "pure_bf16": has_gpu}
     if cfg.get("load_in_4bit"):
-        keys |= {"quantization_bit": 4, "quantization_method": "bnb"}
+        keys |= {"quantization_bit": 4}  # bitsandbytes, NF4, twice: its defaults
     return keys
 
 
@@ -105,8 +116,10 @@ def main() -> None:
     path = Path(sys.argv[1])
     cfg = yaml.safe_load(path.read_text())
     tokenized = path.with_name("llamafactory-rows")
-    save_rows(cfg, tokenized)
-    run_exp(args=translated(cfg, tokenized), callbacks=[StepClock()])
+    lengths = [sum(number > 0 for number in row["attention_mask"]) for row in save_rows(cfg, tokenized)]
+    rows_per_step = cfg["micro_batch_size"] * cfg["gradient_accumulation_steps"]
+    clock = StepClock(tokens_by_step(lengths, rows_per_step, cfg["max_steps"]))
+    run_exp(args=translated(cfg, tokenized), callbacks=[clock])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """TRL on the workload of a benchmark's YAML: `python run_trl.py config.yml`.
 
-Liger's kernels and flash-attn are used where they are installed. Without flash-attn TRL packs into rows whose documents see each
-other, and says so. LoRA has run on a CPU; 4-bit weights, flash-attn and Liger have not been tried.
+Liger's kernels and flash-attn are used where they are installed. Documents of packed rows do not see each other, without flash-attn
+either (TRL 1.16). LoRA, QLoRA, all weights and packed rows have run on a CPU; flash-attn and Liger have not been tried.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig
 from sft import installed, read_config, train
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if has_gpu else torch.float32,
         )
     model = AutoModelForCausalLM.from_pretrained(
         cfg["base_model"],
@@ -30,11 +30,16 @@ def main() -> None:
         attn_implementation="flash_attention_2" if installed("flash_attn") else "sdpa",
         **keys,
     )
-    lora = LoraConfig(r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = None
+    if cfg.get("adapter"):
+        lora = LoraConfig(
+            r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     train(
         model,
+        AutoTokenizer.from_pretrained(cfg["base_model"]),
         cfg,
-        peft_config=lora if cfg.get("adapter") else None,
+        peft_config=lora,
         gradient_checkpointing=bool(cfg.get("gradient_checkpointing")),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_liger_kernel=has_gpu and installed("liger_kernel"),

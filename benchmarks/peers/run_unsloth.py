@@ -1,12 +1,14 @@
-"""unsloth on the workload of a benchmark's YAML: `python run_unsloth.py config.yml`. Written from its documentation; needs CUDA.
+"""unsloth on the workload of a benchmark's YAML: `python run_unsloth.py config.yml`.
 
-Has not been run as it stands: unsloth was not installed on any machine of this project's tests.
+LoRA, QLoRA and all weights have run with unsloth 2026.10.9 on a CPU, where it has other code and cannot pack. Of its code for GPUs,
+the trainer has made its batches here, full and packed; loading a model, its kernels and training on a GPU have not been tried.
 """
 
 from __future__ import annotations
 
 # isort: off
 from unsloth import FastLanguageModel  # before what it patches
+import torch
 from sft import read_config, train
 # isort: on
 
@@ -16,10 +18,10 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def main() -> None:
     cfg = read_config()
     checkpointing = "unsloth" if cfg.get("gradient_checkpointing") else False
-    model, _ = FastLanguageModel.from_pretrained(
+    model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=cfg["base_model"],
         max_seq_length=cfg["sequence_len"],
-        dtype=None,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         load_in_4bit=bool(cfg.get("load_in_4bit")),
         full_finetuning=not cfg.get("adapter"),
         use_gradient_checkpointing=checkpointing,
@@ -35,7 +37,7 @@ def main() -> None:
             use_gradient_checkpointing=checkpointing,
             random_state=cfg["seed"],
         )
-    train(model, cfg, gradient_checkpointing=bool(checkpointing))
+    train(model, tokenizer, cfg, gradient_checkpointing=bool(checkpointing))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from step_clock import StepClock
+from step_clock import StepClock, tokens_by_step
 from torch.utils.data import SequentialSampler
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 
@@ -26,9 +26,13 @@ def installed(package: str) -> bool:
 
 
 def read_rows(cfg: dict[str, Any]) -> Dataset:
-    """Tokenized rows. Older releases of TRL read `completion_mask` in place of `labels`."""
+    """Token ids, and which of them are trained on, in the one form that all releases of TRL and unsloth pack as it should be.
+
+    With `labels` older releases of TRL train on every token, and unsloth takes another collator, which drops where documents end.
+    """
     rows = load_dataset("json", data_files=cfg["datasets"][0]["path"], split="train")
-    return rows.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+    rows = rows.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+    return rows.select_columns(["input_ids", "completion_mask"])
 
 
 class InOrder(SFTTrainer):
@@ -38,18 +42,22 @@ class InOrder(SFTTrainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-def train(model: Any, cfg: dict[str, Any], *, peft_config: Any = None, **settings: Any) -> None:
+def train(
+    model: Any, tokenizer: PreTrainedTokenizerBase, cfg: dict[str, Any], *, peft_config: Any = None, **settings: Any
+) -> None:
     """Train `model` on the rows. `settings` are further ones of `SFTConfig`."""
     has_gpu = torch.cuda.is_available()
     args = SFTConfig(
         output_dir=cfg["output_dir"],
         max_length=cfg["sequence_len"],
         packing=bool(cfg.get("sample_packing")),
+        completion_only_loss=True,
         per_device_train_batch_size=cfg["micro_batch_size"],
         gradient_accumulation_steps=cfg["gradient_accumulation_steps"],
         max_steps=cfg["max_steps"],
         learning_rate=cfg["learning_rate"],
         lr_scheduler_type=cfg["lr_scheduler"],
+        warmup_steps=cfg["warmup_steps"],
         weight_decay=cfg["weight_decay"],
         optim=cfg["optimizer"],
         bf16=has_gpu,
@@ -60,11 +68,13 @@ def train(model: Any, cfg: dict[str, Any], *, peft_config: Any = None, **setting
         seed=cfg["seed"],
         **settings,
     )
-    InOrder(
-        model=model,
-        args=args,
-        train_dataset=read_rows(cfg),
-        processing_class=AutoTokenizer.from_pretrained(cfg["base_model"]),
-        peft_config=peft_config,
-        callbacks=[StepClock()],
-    ).train()
+    trainer = InOrder(
+        model=model, args=args, train_dataset=read_rows(cfg), processing_class=tokenizer, peft_config=peft_config
+    )
+    if trainer.args.packing != bool(cfg.get("sample_packing")):
+        raise SystemExit("The trainer turned packing off, so it would train on other batches. Its reason is above.")
+    # unsloth logs no count of tokens, and where rows are packed only the trainer knows them.
+    lengths = (len(row["input_ids"]) for row in trainer.train_dataset)  # pyright: ignore
+    rows_per_step = cfg["micro_batch_size"] * cfg["gradient_accumulation_steps"]
+    trainer.add_callback(StepClock(tokens_by_step(lengths, rows_per_step, cfg["max_steps"])))
+    trainer.train()

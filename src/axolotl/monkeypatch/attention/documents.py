@@ -37,11 +37,11 @@ class Documents:
     """The documents of the batch that is being computed.
 
     Attributes:
-        ids: (B, T) int64, the same number for the tokens of one document.
+        ids: (B, T) int64, the same number for the tokens of one document. None where each row is one, without padding.
         used: whether an attention backend has asked for them.
     """
 
-    ids: torch.Tensor
+    ids: torch.Tensor | None
     used: bool = False
 
 
@@ -127,7 +127,9 @@ def _build_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     def build(*args: Any, **kwargs: Any) -> Any:
         documents = CURRENT.get()
         sizes = (kwargs.get("batch_size"), kwargs.get("q_length"))
-        if documents is None or sizes != tuple(documents.ids.shape) or kwargs.get("kv_length") != sizes[1]:
+        if documents is None or documents.ids is None:
+            return original(*args, **kwargs)
+        if sizes != tuple(documents.ids.shape) or kwargs.get("kv_length") != sizes[1]:
             return original(*args, **kwargs)
         documents.used = True
         together = packed_sequence_mask_function(documents.ids)
@@ -191,6 +193,9 @@ class DocumentHook:
         if self.varlen and kwargs.get("cu_seq_lens_q") is not None:
             ids = documents_of_borders(kwargs["cu_seq_lens_q"], next(_tensors(args, kwargs)))
             self._tokens[-1] = CURRENT.set(Documents(ids))
+            return None
+        if mask is None and positions is None:
+            self._tokens[-1] = CURRENT.set(Documents(ids=None, used=True))
             return None
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return None

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl.exceptions import ConfigError
 from axolotl.model_support import read_model_support
-from axolotl.monkeypatch.attention import shifted, varlen
+from axolotl.monkeypatch.attention import flash4, shifted, varlen
 from axolotl.utils.dict import DictDefault, note_choice
 
 
@@ -57,7 +57,7 @@ ATTENTION: dict[str, AttentionBackend] = {
         AttentionBackend("sdpa", "sdpa"),
         AttentionBackend("flash_attention_2", "flash_attention_2", varlen=True, package="flash_attn"),
         AttentionBackend("flash_attention_3", "flash_attention_3", varlen=True, package="flash_attn_interface"),
-        AttentionBackend("flash_attention_4", "flash_attention_4", varlen=True, package="flash_attn.cute"),
+        AttentionBackend("flash_attention_4", "flash_attention_4", varlen=True, package=flash4.PACKAGE),
         AttentionBackend("flash_attention_torch", varlen.NAME, varlen=True),
         AttentionBackend("flex_attention", "flex_attention"),
         AttentionBackend("xformers", varlen.NAME, varlen=True),
@@ -141,10 +141,16 @@ def _has_large_heads(config: PretrainedConfig) -> bool:
 def _best_flash(wanted: str, config: PretrainedConfig, model_class: Any, sequence_len: int) -> tuple[str, str]:
     """What stands behind `flash_attention_2/3/4` on this machine, and why."""
     cuda = torch.cuda.is_available()
+    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)  # which releases 3 and 4 lack
     if cuda and not _has_large_heads(config) and (model_class is None or model_class._supports_flash_attn):
         candidates = _FLASH_PACKAGES if wanted == "flash_attention_2" else (wanted,)
         for name in candidates:
             package = ATTENTION[name].package
+            if name == "flash_attention_4" and _flash4_serves(config, model_class, sequence_len):
+                return varlen.NAME, "package flash-attn-4 is installed, and compiled layers see through its operators"
+            upgraded = name != wanted
+            if upgraded and (dropout or (name == "flash_attention_4" and not flash4.is_usable(torch.device("cuda")))):
+                continue
             if package and _package_present(package):
                 if name == "flash_attention_2" and _own_kernel_serves(config, model_class, sequence_len):
                     return (
@@ -175,6 +181,18 @@ def _own_kernel_serves(config: PretrainedConfig, model_class: Any, sequence_len:
         and _soft_cap(config) is None
         and not getattr(text, "attention_dropout", 0.0)
         and varlen_refusal(config, model_class, sequence_len) is None
+    )
+
+
+def _flash4_serves(config: PretrainedConfig, model_class: Any, sequence_len: int) -> bool:
+    """Whether FlashAttention-4 is installed, made for this GPU, and does all that the model asks of attention."""
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (
+        torch.cuda.is_available()
+        and flash4.is_usable(torch.device("cuda"))
+        and head_size in flash4.HEAD_SIZES
+        and _own_kernel_serves(config, model_class, sequence_len)
     )
 
 
@@ -242,6 +260,11 @@ def resolve_attention(
         chosen = varlen.NAME
         reason = (
             "packed documents go through sdpa one by one instead of under a mask (`sdpa_varlen: false` turns it off)"
+        )
+    elif wanted is None and not inference and _flash4_serves(config, model_class, sequence_len):
+        chosen = varlen.NAME
+        reason = (
+            "package flash-attn-4 is installed, whose kernels are faster than those of scaled_dot_product_attention"
         )
     if (chosen == "sdpa" and not supports_sdpa) or (chosen is None and _soft_cap(config) is not None):
         refusal = varlen_refusal(config, model_class, sequence_len)

@@ -92,15 +92,17 @@ def test_shifted_attention_is_chosen_for_training_only():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LlamaConfig(), "flash_attention_4"),
+        (LlamaConfig(head_dim=96), "flash_attention_4"),
+        (LlamaConfig(head_dim=96, attention_dropout=0.1), "flash_attention_2"),  # the others have none
         (LlamaConfig(head_dim=512), varlen.NAME),
         (Gemma4TextConfig(num_hidden_layers=6), varlen.NAME),
     ],
-    ids=["128", "512", "512 in some layers"],
+    ids=["96", "dropout", "512", "512 in some layers"],
 )
 def test_heads_wider_than_256_pass_the_flash_packages_by(config, expected, monkeypatch) -> None:
     monkeypatch.setattr(table.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(table, "_package_present", lambda name: True)
+    monkeypatch.setattr(table.flash4, "is_usable", lambda device: True)
     cfg = DictDefault(attn_implementation="flash_attention_2")
     assert resolve_attention(cfg, config, LlamaForCausalLM) == expected
 

@@ -1,9 +1,9 @@
 """`axolotl_varlen`: attention over documents of different lengths, with nothing beyond PyTorch.
 
-On CUDA it runs `torch.nn.attention.varlen.varlen_attn` (flash attention that ships with PyTorch); where that kernel cannot
-be used (CPU, fp32, soft caps, sinks, head sizes above 256, dropout) each document goes through
-`scaled_dot_product_attention` or plain matrix products, with the same result. Registered with transformers through its
-documented interfaces.
+On CUDA it runs `torch.nn.attention.varlen.varlen_attn` (flash attention that ships with PyTorch), or the kernels of
+FlashAttention-4 where their package is installed; where neither can be used (CPU, fp32, soft caps, sinks, head sizes above 256,
+dropout) each document goes through `scaled_dot_product_attention` or plain matrix products, with the same result. Registered
+with transformers through its documented interfaces.
 
 Shapes: B rows, T tokens per row, N = B * T, H query heads, K key heads, D head size.
 """
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from axolotl.monkeypatch.attention import flash4
 from axolotl.monkeypatch.attention.documents import mark_used
 from axolotl.utils.logging import get_logger
 
@@ -149,7 +150,12 @@ def _run_kernel(
     window: int | None,
     causal: bool,
 ) -> torch.Tensor:
-    """`varlen_attn` in the words of the installed PyTorch. Returns (N, H, D)."""
+    """FlashAttention-4, or `varlen_attn` in the words of the installed PyTorch. Returns (N, H, D)."""
+    if flash4.serves(q_NHD, k_NKD, v_NKD):
+        window = window if window is not None and window < longest else None
+        return flash4.attend(
+            q_NHD, k_NKD, v_NKD, scaling=scaling, causal=causal, window=window, borders=borders, longest=longest
+        )
     assert varlen_attn is not None, "kernel_refusal has been asked"
     value_dim = v_NKD.shape[-1]
     if value_dim < q_NHD.shape[-1]:
@@ -219,6 +225,9 @@ def varlen_attention_forward(
     window = sliding_window if windowed else None
     if cu_seq_lens_q is None or q_len != key.shape[2]:
         dense_is_fine = attention_mask is not None or q_len != key.shape[2] or refusal or window is None
+        if attention_mask is None and q_len == key.shape[2] and not refusal and flash4.serves(query, key, value):
+            rows_first = (x.transpose(1, 2) for x in (query, key, value))
+            return flash4.attend(*rows_first, scaling=scale, causal=causal, window=window), None
         if dense_is_fine:
             out = _attend(
                 query, key, value, scaling=scale, causal=causal, window=window, softcap=softcap, sinks=s_aux,
