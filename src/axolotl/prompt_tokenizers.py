@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tokenizers import Tokenizer
 from transformers import TokenizersBackend
@@ -20,6 +20,9 @@ from transformers.utils import PaddingStrategy
 from axolotl.exceptions import DatasetError
 from axolotl.prompters import IGNORE_TOKEN_ID, Prompter
 from axolotl.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from axolotl.utils.chat_templates.properties import NamedProperties
 
 LOG = get_logger(__name__)
 
@@ -69,6 +72,8 @@ class PromptTokenizingStrategy(abc.ABC):
     """Index of the first row given to `tokenize_prompt`, for messages. Whoever walks a dataset sets it."""
     name_row: RowName = staticmethod(name_row)
     """What messages call a row. Whoever walks a part of a dataset sets it."""
+    named_properties: NamedProperties | None = None
+    """The properties of messages that the config names. Whoever reads a dataset looks whether any message has them."""
 
     def __init__(
         self,

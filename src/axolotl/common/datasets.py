@@ -14,6 +14,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.report import print_report, write_html_report
 from axolotl.utils.data.sft import DEFAULT_PREPARED_PATH, Prepared, prepare
 from axolotl.utils.data.stream import TokenStream
+from axolotl.utils.data.token_ids import find_largest_token, holds_token_ids, read_embedding
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.tokenization import check_dataset_labels
@@ -60,6 +61,26 @@ def load_datasets(*, cfg: DictDefault, cli_args: Any = None, debug: bool = False
     if debug or options.get("debug"):
         _show(cfg, prepared, tokenizer, options)
     return TrainDatasetMeta(prepared.train, prepared.evaluation, prepared.total_num_steps, prepared.report)
+
+
+def check_given_rows(*, cfg: DictDefault, dataset_meta: TrainDatasetMeta) -> None:
+    """Look at rows that a plugin gives, which are not prepared here.
+
+    Raises:
+        DatasetError: one has a number that stands for no token of the model.
+    """
+    given = {
+        "`train_dataset` of a plugin": dataset_meta.train_dataset,
+        "`eval_dataset` of a plugin": dataset_meta.eval_dataset,
+    }
+    largest = {
+        name: find_largest_token(rows, name)
+        for name, rows in given.items()
+        if isinstance(rows, Dataset) and holds_token_ids(rows)
+    }
+    embedding = read_embedding(cfg, load_tokenizer(cfg)) if largest else None
+    for name, token in largest.items() if embedding is not None else ():
+        embedding.check(name, token)
 
 
 def _load_processor(cfg: DictDefault, tokenizer: Any) -> Any:

@@ -6,7 +6,6 @@ The order is that of `ModelLoader.load`; plugins are asked at the same points as
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from axolotl.monkeypatch.attention.table import check_packing, resolve_attention
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.freeze import freeze_layers_except
 from axolotl.utils.logging import get_logger
+from axolotl.utils.tokenization import embedding_rows
 
 LOG = get_logger(__name__)
 
@@ -300,12 +300,11 @@ class ModelLoader:
     def _fit_to_tokenizer(self) -> None:
         """Grow (or, with `shrink_embeddings`, cut) the embeddings to the tokenizer, and copy its end tokens."""
         model, cfg, tokenizer = self.model, self.cfg, self.tokenizer
-        rows = len(tokenizer)
-        if cfg.resize_token_embeddings_to_32x:
-            rows = math.ceil(rows / 32) * 32
         embedding: Any = model.get_input_embeddings()
         present = embedding.weight.shape[0]
-        if present < rows or (present > rows and cfg.shrink_embeddings):
+        to_32x, shrinks = bool(cfg.resize_token_embeddings_to_32x), bool(cfg.shrink_embeddings)
+        rows = embedding_rows(present, len(tokenizer), to_32x=to_32x, shrinks=shrinks)
+        if rows != present:
             model.resize_token_embeddings(rows, mean_resizing=bool(cfg.mean_resizing_embeddings))
             note_choice(
                 cfg, "embedding rows", rows, f"the model had {present}, the tokenizer has {len(tokenizer)} tokens"

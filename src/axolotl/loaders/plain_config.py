@@ -2,7 +2,7 @@
 
 Such a class imports activations, kernels and torch's compiler: longer than everything else that preparing a few rows takes.
 What preparing asks of a config stands in `config.json`: which kind of model it is, for the facts and for the choice of the
-tokenizer. Training builds the class, and finds prepared rows only under a tokenizer with the same vocabulary, rules and class.
+tokenizer, and how many tokens its embedding has. Training builds the class, and finds prepared rows only under a tokenizer with the same vocabulary, rules and class.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_plain_config(source: str, revision: str | None = None) -> PretrainedCon
     nested = {key for key, value in content.items() if isinstance(value, dict)}
     if content.get("model_type") not in PLAIN_MODEL_TYPES or not nested <= NESTED:
         return None
-    kept = ("model_type", "architectures", "quantization_config")
+    kept = ("model_type", "architectures", "quantization_config", "vocab_size")
     return PretrainedConfig.from_dict({key: content[key] for key in kept if key in content}, name_or_path=source)
 
 

@@ -39,11 +39,11 @@ def find_function(strategy: str, module_base: str | None = None) -> Callable[...
     path, _, name = strategy.rpartition(".")
     for base in bases:
         for module_path, function in ((path, name), (strategy, DEFAULT_FUNCTION)):
-            module = _module(base + module_path) if module_path else None
+            module = find_module(base + module_path) if module_path else None
             found = getattr(module, function, None)
             if callable(found):
                 return found
-    modules = [module for base in bases for module in [_module(base + (path or strategy))] if module is not None]
+    modules = [module for base in bases for module in [find_module(base + (path or strategy))] if module is not None]
     known = sorted({found for module in modules for found in _functions(module)})
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     where = f" `{modules[0].__name__}` has the functions {', '.join(f'`{one}`' for one in known)}." if known else ""
@@ -58,9 +58,9 @@ def _functions(module: ModuleType) -> list[str]:
     return [name for name, function in found if function.__module__ == module.__name__ and not name.startswith("_")]
 
 
-def _module(path: str) -> ModuleType | None:
+def find_module(path: str) -> ModuleType | None:
     """The module at `path`; None when there is none. An error inside an existing module is not hidden."""
-    if not path or not all(part.isidentifier() for part in path.split(".")):
+    if not all(part.isidentifier() for part in path.split(".")):
         return None
     try:
         return importlib.import_module(path)

@@ -42,6 +42,7 @@ from axolotl.utils.chat_templates.messages import (
     split_thinking,
     variables_read_by,
 )
+from axolotl.utils.chat_templates.properties import NamedProperties
 from axolotl.utils.chat_templates.spans import RENDER_ERRORS, Borders, Tokens, TurnSpans, common_prefix
 from axolotl.utils.logging import get_logger
 
@@ -54,6 +55,7 @@ _MISTRAL = "axolotl.prompt_strategies.mistral_chat"  # which is built upon this 
 __getattr__, __dir__ = lazy_names(__name__, {"MistralPrompter": _MISTRAL, "MistralStrategy": _MISTRAL})
 
 IGNORE_TOKEN_ID = IGNORE_INDEX
+NAMES_OF_PROPERTIES = ("message_field_training", "message_field_training_detail", "field_thinking")
 TRAIN_ON_END = ("all", "turn", "last", "none", None)
 
 
@@ -633,6 +635,11 @@ class StrategyLoader:
             params["eot_tokens"] = end_tokens_of(tokenizer, renders, cfg)
         strategy = self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
         strategy.dataset_name = dataset.get("path")
+        strategy.named_properties = NamedProperties(
+            _mappings(dataset) or {},
+            {key: dataset[key] for key in NAMES_OF_PROPERTIES if dataset.get(key)},
+            prompter.field_messages,
+        )
         return strategy
 
 

@@ -6,17 +6,16 @@ types. A last part that starts with `load_` selects that function of the module 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 from axolotl import prompt_tokenizers as strategies
 from axolotl import prompters
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, did_you_mean
+from axolotl.prompt_strategies.base import find_module
 from axolotl.utils.dict import DictDefault
 
 PACKAGE = "axolotl.prompt_strategies"
@@ -93,7 +92,7 @@ def _function(strategy: str) -> Callable | None:
     name, path = (last, path) if path and last.startswith("load_") else ("load", strategy)
     if path in NOT_TYPES:
         return None
-    module = _module(f"{PACKAGE}.{path}") or ("." in path and _module(path)) or None
+    module = find_module(f"{PACKAGE}.{path}") or ("." in path and find_module(path)) or None
     if module is None:
         return None
     if not hasattr(module, name):
@@ -104,18 +103,6 @@ def _function(strategy: str) -> Callable | None:
             + " Define `load(tokenizer, cfg, ds_cfg=None)` there."
         )
     return getattr(module, name)
-
-
-def _module(path: str) -> ModuleType | None:
-    """The module at `path`; None when there is none. An error inside an existing module is not hidden."""
-    if not all(part.isidentifier() for part in path.split(".")):
-        return None
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
-            return None
-        raise
 
 
 def _call(function: Callable, tokenizer, cfg: DictDefault, ds_cfg: Any, processor):
@@ -131,8 +118,7 @@ def _call(function: Callable, tokenizer, cfg: DictDefault, ds_cfg: Any, processo
 
 def _unknown(strategy: str) -> str:
     known = known_types()
-    near = difflib.get_close_matches(strategy.partition(":")[0].partition(".")[0], known, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+    hint = did_you_mean(strategy.partition(":")[0].partition(".")[0], known, n=3, cutoff=0.5)
     return (
         f"`type: {strategy}` names no dataset type and no importable module.{hint} "
         f"The types are: {', '.join(known)}; or write the python path of a module with `load(tokenizer, cfg, ds_cfg=None)`."

@@ -6,6 +6,7 @@ Shows people what the model will learn: tokens coloured by their label, in the t
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,19 @@ point at a token for its id. {summary}</p>
 {rows}
 </body></html>
 """
+
+
+def embedding_rows(present: int, num_tokens: int, *, to_32x: bool = False, shrinks: bool = False) -> int:
+    """Rows that an embedding gets so that every token has one.
+
+    Args:
+        present: rows that it has.
+        num_tokens: tokens of the tokenizer.
+        to_32x: round up to a multiple of 32 where rows are added or cut (`resize_token_embeddings_to_32x`).
+        shrinks: cut rows that no token has (`shrink_embeddings`).
+    """
+    wanted = math.ceil(num_tokens / 32) * 32 if to_32x else num_tokens
+    return wanted if shrinks else max(present, wanted)
 
 
 def check_dataset_labels(

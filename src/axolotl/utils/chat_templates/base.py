@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from axolotl.exceptions import ConfigError, TokenizerError
+from axolotl.exceptions import ConfigError, TokenizerError, did_you_mean
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -177,8 +176,7 @@ def _template_of_name(tokenizer: PreTrainedTokenizerBase | None, user_choice: st
 def _named(name: str, user_choice: str) -> str:
     if name in _CHAT_TEMPLATES:
         return _CHAT_TEMPLATES[name]
-    near = difflib.get_close_matches(name, _CHAT_TEMPLATES, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+    hint = did_you_mean(name, _CHAT_TEMPLATES, n=3, cutoff=0.5)
     raise ConfigError(
         f"Template '{user_choice}' not found.{hint} `chat_template` takes `tokenizer_default`, `jinja` (with "
         f"`chat_template_jinja`) or one of: {', '.join(chat_template_names())}."

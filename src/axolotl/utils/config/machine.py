@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 
 import torch
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, did_you_mean
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.environment import cpu_computes_in_bf16, find_device_type, gpu_computes_in_bf16, use_tf32
 from axolotl.utils.logging import get_logger
@@ -60,8 +59,7 @@ def check_compile_backend(cfg: DictDefault) -> None:
 
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
-        near = difflib.get_close_matches(backend, known, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(backend, known)
         raise ConfigError(
             f"`torch_compile_backend: {backend}` is no backend of this PyTorch; it has: {', '.join(sorted(known))}.{hint} The "
             "default is `inductor`."
@@ -77,8 +75,7 @@ def check_accelerator_config(cfg: DictDefault) -> None:
     known = {field.name: field.default for field in dataclasses.fields(AcceleratorConfig)}
     for name, value in cfg.accelerator_config.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            hint = did_you_mean(str(name), known)
             raise ConfigError(f"`accelerator_config.{name}` is unknown; it has: {', '.join(known)}.{hint}")
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise ConfigError(f"`accelerator_config.{name}: {value}` must be true or false.")

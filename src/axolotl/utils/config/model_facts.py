@@ -36,7 +36,9 @@ def resolve_model_facts(cfg: DictDefault) -> None:
     cfg.tokenizer_config = cfg.tokenizer_config or cfg.base_model_config
     model_config = _load_config(cfg)
     cfg.model_config_type = model_config.model_type
-    cfg.model_config_type_text = model_config.get_text_config().model_type
+    text_config = model_config.get_text_config()
+    cfg.model_config_type_text = text_config.model_type
+    cfg.model_vocab_size = text_config.to_dict().get("vocab_size")
     cfg.is_multimodal = bool(cfg.is_multimodal) or reads_more_than_text(model_config)
     if cfg.is_multimodal:
         cfg.processor_config = cfg.processor_config or cfg.base_model_config

@@ -25,12 +25,12 @@ from datasets import (
     load_from_disk,
 )
 from datasets.packaged_modules import _EXTENSION_TO_MODULE, _PACKAGED_DATASETS_MODULES
-from fsspec.utils import infer_compression
 from pandas.errors import ParserWarning
 from pyarrow import parquet
 
-from axolotl.exceptions import DatasetError, MissingExtraError
+from axolotl.exceptions import DatasetError
 from axolotl.utils.data import json_lines
+from axolotl.utils.data.compressed import check_compression, check_whole, naming_damaged
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.temporary import temporary_folder
 
@@ -56,8 +56,6 @@ READER_NAMES = frozenset(reader for reader, _ in READERS.values())
 """Values of `path` that name a reader and no dataset: the files are those of `data_files`."""
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-NEED_PACKAGE = {".zst": "zstandard", ".lz4": "lz4"}
-"""Compression -> the package that undoes it. The others come with Python."""
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -269,7 +267,8 @@ def open_files(files: Sequence[Path], config: DictDefault, common: dict[str, Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # cells would be lost
-            return load_dataset(reader, data_files=[str(file) for file in files], **arguments, **common)
+            with naming_damaged(lambda: [(file, str(file)) for file in files]):
+                return load_dataset(reader, data_files=[str(file) for file in files], **arguments, **common)
     except ValueError as error:
         if NO_ROWS not in str(error):
             raise
@@ -328,7 +327,7 @@ def unpack(file: Path, cache_dir: str | None) -> list[Path]:
     """
     check_compression(str(file))
     if file.suffix.lower() == ".zst":
-        check_whole_zst(file)
+        check_whole(file)  # the readers of `datasets` would take its end for the end of the data
     if not file.name.lower().endswith(ARCHIVES):
         return [file]
     folder = temporary_folder("unpacked-", cache_dir)
@@ -346,20 +345,6 @@ def unpack(file: Path, cache_dir: str | None) -> list[Path]:
     if not inner:
         raise DatasetError(f"dataset file {file} holds no files of rows (json, csv, parquet, arrow, text).")
     return inner
-
-
-def check_compression(file: str) -> None:
-    """Raise `MissingExtraError` for a compressed file that needs a package that is not installed."""
-    package = NEED_PACKAGE.get(Path(file).suffix.lower())
-    if package and infer_compression(file.lower()) is None:
-        raise MissingExtraError(package, "compression", f"dataset file {file}")
-
-
-def check_whole_zst(file: Path) -> None:
-    """Raise `DatasetError` for a file cut short: the readers of `datasets` take its end for the end of the data."""
-    with json_lines.open_uncompressed(file) as stream:
-        while stream.read(1 << 20):
-            pass
 
 
 def stream_json(urls: Sequence[str], options: Mapping[str, Any]) -> IterableDataset | None:

@@ -8,39 +8,26 @@ as the same Python object.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
-import lzma
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.features.features import register_feature
 
 from axolotl.exceptions import DatasetError
+from axolotl.utils.data.compressed import open_uncompressed
 from axolotl.utils.temporary import temporary_folder
 
 ROWS_PER_BLOCK = 10_000
 BYTES_PER_BLOCK = 32 << 20
 INT64 = range(-(2**63), 2**63)
-
-DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
-"""What the decompressors raise for a damaged file, besides OSError."""
-
-if importlib.util.find_spec("zstandard"):
-    import zstandard
-
-    DECOMPRESSION_ERRORS = (*DECOMPRESSION_ERRORS, zstandard.ZstdError)
 
 
 @dataclass
@@ -97,54 +84,6 @@ def _head(file: File, options: Options | None = None) -> bytes:
     """The first 64 KB after byte order mark and blanks. Opened by itself: some compressions cannot be read backwards."""
     with open_uncompressed(file, options) as stream:
         return stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
-
-
-@contextlib.contextmanager
-def open_uncompressed(file: File, options: Options | None = None) -> Iterator[Any]:
-    """The bytes of a file, uncompressed.
-
-    Raises:
-        DatasetError: a compressed file is damaged, also while it is read.
-    """
-    is_zst = str(file).lower().endswith(".zst") and importlib.util.find_spec("zstandard") is not None
-    try:
-        with fsspec.open(str(file), "rb", compression=None if is_zst else "infer", **(options or {})) as stream:
-            yield io.BufferedReader(_ZstStream(stream), 1 << 16) if is_zst else stream
-    except DECOMPRESSION_ERRORS as error:
-        raise DatasetError(
-            f"dataset file {file} cannot be decompressed: it is damaged, cut short or not what its name says "
-            f"({str(error) or type(error).__name__}). Fetch or write it again."
-        ) from error
-
-
-class _ZstStream(io.RawIOBase):
-    """The content of a zst file. Other readers take the end of a file that was cut short for the end of the data."""
-
-    def __init__(self, source: Any):
-        self._source = source
-        self._packed = b""  # read and not decompressed yet
-        self._unpacked = memoryview(b"")
-        self._frame: Any = None  # the one that has begun and not ended
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        import zstandard
-
-        while not self._unpacked:
-            self._packed = self._packed or self._source.read(1 << 16)
-            if not self._packed and self._frame is not None:
-                raise EOFError("its last frame does not end")
-            if not self._packed:
-                return 0
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._unpacked = memoryview(frame.decompress(self._packed))
-            self._packed = frame.unused_data if frame.eof else b""
-            self._frame = None if frame.eof else frame
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
-        return size
 
 
 def iter_rows(files: Sequence[str], options: Options | None = None) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ Whole columns are looked at through their Arrow offsets, so a million rows take 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,14 @@ from datasets.table import InMemoryTable
 
 from axolotl.exceptions import DatasetError
 from axolotl.prompt_tokenizers import RowName, name_row
-from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.utils import get_dataset_lengths, list_lengths
-
-LOG = get_logger(__name__)
 
 IGNORE_INDEX = -100
 FILTERED = "left out by `filter_rows` of the strategy"
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
-def _list_chunks(dataset: Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def list_chunks(dataset: Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`(values, offsets)` of a list column, chunk by chunk, in the order of the Arrow table."""
     for chunk in dataset.data.column(column).chunks:
         values = chunk.flatten().to_numpy(zero_copy_only=False)
@@ -38,7 +35,7 @@ def _list_chunks(dataset: Dataset, column: str) -> Iterator[tuple[np.ndarray, np
 def count_trained_tokens(dataset: Dataset) -> np.ndarray:
     """Tokens of every row that the loss sees, int64. The first token of a row is foretold by nothing and never counts."""
     counts = []
-    for values, offsets in _list_chunks(dataset, "labels"):
+    for values, offsets in list_chunks(dataset, "labels"):
         trained = values != IGNORE_INDEX
         sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
         count = sums[offsets[1:]] - sums[offsets[:-1]]
@@ -76,40 +73,6 @@ def check_token_columns(dataset: Dataset, name: str, name_row: RowName = name_ro
             raise DatasetError(
                 f"dataset {name}, {name_row(row)}: `{column}` has {own[row]} entries but `input_ids` has {lengths[row]}."
             )
-
-
-def check_token_ids(dataset: Dataset, name: str, num_tokens: int | None, name_row: RowName = name_row) -> None:
-    """Token ids and labels must be those of a tokenizer with `num_tokens` tokens, if known. A warning tells of larger ones.
-
-    The embedding of a model may have more rows than its tokenizer has tokens, so a larger id is odd but not always wrong.
-
-    Raises:
-        DatasetError: an id is negative. Names dataset, row and field.
-    """
-    for column, ignored in (("input_ids", 0), ("labels", IGNORE_INDEX)):
-        negative = _rows_with(dataset, column, lambda ids, ignored=ignored: (ids < 0) & (ids != ignored))
-        if negative.any():
-            raise DatasetError(
-                f"dataset {name}, {name_row(int(np.argmax(negative)))}: `{column}` has a negative number that stands for no token."
-            )
-        if num_tokens is None:
-            continue
-        unknown = _rows_with(dataset, column, lambda ids: ids >= num_tokens)
-        if unknown.any():
-            LOG.warning(
-                f"dataset {name}: {int(unknown.sum()):,} rows, the first of them {name_row(int(np.argmax(unknown)))}, have `{column}` "
-                f"that the tokenizer does not know: it has {num_tokens:,} tokens. Were they made with another tokenizer?"
-            )
-
-
-def _rows_with(dataset: Dataset, column: str, test: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """For each row whether `test` holds for any of its values, bool."""
-    found = []
-    for values, offsets in _list_chunks(dataset, column):
-        sums = np.concatenate([[0], np.cumsum(test(values), dtype=np.int64)])
-        found.append(sums[offsets[1:]] > sums[offsets[:-1]])
-    rows = np.concatenate(found) if found else np.zeros(0, bool)
-    return rows if dataset._indices is None else rows[dataset._indices.column(0).to_numpy()]
 
 
 def apply_length_policy(

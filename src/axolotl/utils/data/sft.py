@@ -12,7 +12,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ from axolotl.utils.data.dedup import drop_duplicates
 from axolotl.utils.data.fingerprint import WatchedConfig, changed_read, dataset_key
 from axolotl.utils.data.hub_copy import load_pushed, push_prepared
 from axolotl.utils.data.lock import hold_lock
+from axolotl.utils.data.merge import (
+    WEIGHT,
+    alike,
+    apply_weights,
+    keeps_order,
+    merge_datasets,
+    order_rows,
+    without_weights,
+)
 from axolotl.utils.data.rows import (
     FILTERED,
     add_pose_position_ids,
@@ -35,7 +44,7 @@ from axolotl.utils.data.rows import (
     select_rows,
     take_rows,
 )
-from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, read_shard, take_shard
+from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config, take_shard
 from axolotl.utils.data.source_rows import name_made_row, name_source_rows
 from axolotl.utils.data.steps import (
     build_multipack_sampler,
@@ -46,6 +55,7 @@ from axolotl.utils.data.steps import (
 from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.data.streaming import is_streamed, prepare_streaming_dataset
 from axolotl.utils.data.synthetic import SYNTHETIC, synthetic_rows
+from axolotl.utils.data.token_ids import Embedding, LargestToken, find_largest_token, read_embedding
 from axolotl.utils.data.tokenize import dataset_name, tokenize_dataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -55,9 +65,6 @@ from axolotl.utils.schemas.validation.datasets import EMPTY_TEST_DATASET
 LOG = get_logger(__name__)
 
 DEFAULT_PREPARED_PATH = "last_run_prepared"
-
-WEIGHT = "dataset_weight"
-"""Column of merged rows with the `weight` of their dataset, when any dataset has one."""
 
 
 @dataclass
@@ -151,6 +158,24 @@ def prepare_part(
     Without `dataset_prepared_path` the cache is `last_run_prepared`. What lies there is used only when its key is the same,
     and the key covers all that the rows depend on.
     """
+    embedding = read_embedding(cfg, tokenizer)
+    dataset, found_report = _find_or_build(cfg, entries, tokenizer, processor, part, embedding)
+    if embedding is not None:
+        # The rows may have been made for another model with the same tokenizer.
+        for entry in found_report["datasets"]:
+            embedding.check(entry["name"], LargestToken(**entry["largest_token"]))
+    return dataset, found_report
+
+
+def _find_or_build(
+    cfg: DictDefault,
+    entries: Sequence[DictDefault],
+    tokenizer: Any,
+    processor: Any,
+    part: str,
+    embedding: Embedding | None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """As `prepare_part`, without a look at the tokens of rows that were made before."""
     root = Path(cfg.dataset_prepared_path or DEFAULT_PREPARED_PATH)
     entries = [DictDefault(entry) for entry in entries]
     key = dataset_key(cfg, entries, tokenizer, part, processor)
@@ -161,12 +186,12 @@ def prepare_part(
         LOG.info(f"prepared dataset ({part}) with the same content found in {folder}: {len(found[0]):,} rows")
         return found
     with hold_lock(root / f"{key}.lock"):
-        found = None if rebuild else _from_disk(cfg, folder) or _from_hub(cfg, key)
+        found = None if rebuild else _from_disk(cfg, folder) or _from_hub(cfg, key, embedding)
         if found is not None:
             return found
         with cache.build_folder(root, key) as aside, _scratch(aside):
             watched = WatchedConfig(cfg)
-            dataset, found_report = build_rows(watched, entries, tokenizer, processor, part, str(aside))
+            dataset, found_report = build_rows(watched, entries, tokenizer, processor, part, str(aside), embedding)
             found_report["reads"] = watched.reads_beyond_key()
             cache.save_prepared(dataset, folder, found_report, aside, cfg.num_dataset_shards_to_save)
             del dataset
@@ -203,19 +228,30 @@ def _scratch(folder: Path) -> Iterator[None]:
             datasets.enable_caching()
 
 
-def _from_hub(cfg: DictDefault, key: str) -> tuple[Dataset, dict[str, Any]] | None:
+def _from_hub(cfg: DictDefault, key: str, embedding: Embedding | None) -> tuple[Dataset, dict[str, Any]] | None:
     """The prepared dataset that an earlier run pushed to `push_dataset_to_hub`."""
     pushed = load_pushed(cfg.push_dataset_to_hub, key) if cfg.push_dataset_to_hub else None
-    return None if pushed is None else (pushed, report.summarize(pushed, []))
+    if pushed is None:
+        return None
+    name = f"`push_dataset_to_hub: {cfg.push_dataset_to_hub}`"
+    if embedding is not None:
+        embedding.check(name, find_largest_token(pushed, name))
+    return pushed, report.summarize(pushed, [])
 
 
 def build_rows(
-    cfg: DictDefault, entries: Sequence[DictDefault], tokenizer: Any, processor: Any, part: str, cache_dir: str
+    cfg: DictDefault,
+    entries: Sequence[DictDefault],
+    tokenizer: Any,
+    processor: Any,
+    part: str,
+    cache_dir: str,
+    embedding: Embedding | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Open, tokenize, filter, merge and order the rows of all entries."""
     prepared, stays, reports = [], [], []
     for entry in datasets_with_name_generator(entries):
-        dataset, stay, entry_report = build_entry(cfg, entry, tokenizer, processor, part, cache_dir)
+        dataset, stay, entry_report = build_entry(cfg, entry, tokenizer, processor, part, cache_dir, embedding)
         reports.append(entry_report)
         stays.append(stay)
         if len(dataset):
@@ -241,9 +277,19 @@ def _nothing_left(reports: list[dict[str, Any]]) -> str:
 
 
 def build_entry(
-    cfg: DictDefault, entry: DictDefault, tokenizer: Any, processor: Any, part: str, cache_dir: str
+    cfg: DictDefault,
+    entry: DictDefault,
+    tokenizer: Any,
+    processor: Any,
+    part: str,
+    cache_dir: str,
+    embedding: Embedding | None = None,
 ) -> tuple[Dataset, np.ndarray, dict[str, Any]]:
-    """One dataset: its rows as tokens, whether each row that was made stays (bool), and what became of them."""
+    """One dataset: its rows as tokens, whether each row that was made stays (bool), and what became of them.
+
+    Raises:
+        DatasetError: also for a token that the model's `embedding`, if it is known, has no row for.
+    """
     name = dataset_name(entry)
     if entry.type == SYNTHETIC:
         raw: Any = synthetic_rows(entry, cfg, tokenizer)
@@ -256,10 +302,20 @@ def build_entry(
     rows_read = len(raw)
     if not rows_read:
         no_rows = {"name": name, "rows_read": 0, "rows_made": 0, "rows_kept": 0, "dropped": {}, "truncated": 0}
+        no_rows["largest_token"] = asdict(LargestToken())
         return raw, np.zeros(0, dtype=bool), no_rows
     tokens = tokenize_dataset(raw, entry, cfg, tokenizer, processor, name_row)
     num_filtered = tokens.num_filtered if isinstance(tokens, TokenizedPromptDataset) else 0
     rows_made = len(tokens) + num_filtered
+    name_of_row = name_row if rows_made == len(tokens) == rows_read else name_made_row
+    largest = find_largest_token(tokens, name, name_of_row)
+    if embedding is not None:
+        embedding.check(name, largest)
+    if tokenizer is not None and largest.token >= len(tokenizer):
+        LOG.warning(
+            f"dataset {name}, {largest.row}: `{largest.column}` has the token {largest.token}, and the tokenizer has "
+            f"{len(tokenizer):,} tokens. Were the rows made with another one?"
+        )
     tokens = _with_lengths(tokens)
     sequence_len, key = _sequence_len(cfg, part)
     tokens, stay, dropped, truncated = apply_length_policy(
@@ -269,7 +325,7 @@ def build_entry(
         min_len=2 if cfg.min_sample_len is None else int(cfg.min_sample_len),
         strategy=cfg.excess_length_strategy or "drop",
         key=key,
-        name_row=name_row if rows_made == len(tokens) == rows_read else name_made_row,
+        name_row=name_of_row,
     )
     if "labels" in tokens.column_names:
         untrained = stay & (count_trained_tokens(tokens) == 0)
@@ -297,6 +353,7 @@ def build_entry(
             "rows_kept": len(tokens),
             "dropped": dropped,
             "truncated": truncated,
+            "largest_token": asdict(largest),
         },
     )
 
@@ -334,69 +391,6 @@ def _with_pose(dataset: Dataset, cfg: DictDefault) -> Dataset:
         random.setstate(state)
 
 
-def merge_datasets(prepared: Sequence[Dataset], stays: Sequence[np.ndarray], cfg: DictDefault) -> tuple[Dataset, int]:
-    """Put datasets together in the order that the shuffle keys ask for.
-
-    Args:
-        prepared: the rows that stay, of every dataset that has any.
-        stays: for every dataset, of each row that was made whether it stays, bool.
-        cfg: the config.
-
-    Returns:
-        `(rows, duplicates dropped)`.
-    """
-    merged = prepared[0] if len(prepared) == 1 else concatenate_datasets(_alike(prepared))
-    merged = take_rows(merged, order_rows(stays, cfg))
-    num_duplicates = 0
-    if cfg.dataset_exact_deduplication:
-        merged, num_duplicates = drop_duplicates(merged)
-        LOG.info(f"{num_duplicates:,} duplicate rows dropped (`dataset_exact_deduplication: true`)")
-    num_shards, shard = read_shard(cfg)
-    if num_shards > len(merged):
-        raise DatasetError(
-            f"`dataset_shard_num: {num_shards}` is more than the {len(merged):,} rows there are. Write a smaller number."
-        )
-    return merged if num_shards == 1 else merged.shard(num_shards=num_shards, index=shard), num_duplicates
-
-
-def order_rows(stays: Sequence[np.ndarray], cfg: DictDefault) -> np.ndarray:
-    """The numbers of the rows that stay, among those that stay, in the order that the shuffle keys ask for.
-
-    All rows that were made are shuffled, so that dropping some, as another `sequence_len` does, leaves the others in their order.
-
-    Args:
-        stays: for every dataset, of each row that was made whether it stays, bool.
-        cfg: the config.
-    """
-    seed, shuffle = int(cfg.seed or 0), not keeps_order(cfg)
-    stay = np.concatenate(stays)
-    order = np.arange(len(stay))
-    # Of a single dataset that is shuffled anyway, one shuffle is enough.
-    if cfg.shuffle_before_merging_datasets and (len(stays) > 1 or not shuffle):
-        ends = np.cumsum([len(one) for one in stays])
-        order = np.concatenate(
-            [
-                end - len(one) + np.random.default_rng(seed).permutation(len(one))
-                for end, one in zip(ends, stays, strict=True)
-            ]
-        )
-    if shuffle:
-        order = order[np.random.default_rng(seed).permutation(len(order))]
-    return (np.cumsum(stay) - 1)[order[stay[order]]]
-
-
-def _alike(prepared: Sequence[Dataset]) -> list[Dataset]:
-    """The same columns of the same types, so that datasets can be put together."""
-    common = set.intersection(*(set(dataset.column_names) for dataset in prepared))
-    extra = set.union(*(set(dataset.column_names) for dataset in prepared)) - common
-    if extra:
-        LOG.warning(f"columns that not every dataset has are left out: {', '.join(sorted(extra))}")
-    columns = [column for column in prepared[0].column_names if column in common]
-    features = prepared[0].select_columns(columns).features
-    alike = [dataset.select_columns(columns) for dataset in prepared]
-    return [dataset if dataset.features == features else dataset.cast(features) for dataset in alike]
-
-
 def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Dataset | None]:
     """Set the last rows aside for evaluation: a share (`val_set_size` up to 1) or a number of rows.
 
@@ -418,42 +412,6 @@ def split_validation(dataset: Dataset, cfg: DictDefault) -> tuple[Dataset, Datas
             "all be of one kind. To choose others, write `test_datasets`."
         )
     return dataset.select(range(num_train)), dataset.select(range(num_train, len(dataset)))
-
-
-def apply_weights(dataset: Dataset, cfg: DictDefault) -> Dataset:
-    """Use the rows of a dataset with `weight: 2.5` two or three times, of one with `weight: 0.5` every other row.
-
-    This comes after the validation split, so that no copy of a held-out row is trained on. Which rows are used once more, or
-    are left out, follows from `seed`.
-    """
-    if WEIGHT not in dataset.column_names:
-        return dataset
-    weights = np.asarray(dataset.with_format("numpy")[WEIGHT][:])
-    dataset = dataset.remove_columns(WEIGHT)
-    rng = np.random.default_rng(int(cfg.seed or 0))
-    times = np.floor(weights).astype(np.int64)
-    for weight in np.unique(weights):
-        rows = np.flatnonzero(weights == weight)
-        extra = round((weight - np.floor(weight)) * len(rows))
-        times[rng.permutation(rows)[:extra]] += 1
-    chosen = np.repeat(np.arange(len(dataset)), times)
-    if not len(chosen):
-        raise DatasetError(
-            "no row is left to train on: `weight` of the datasets is too small for their number of rows."
-        )
-    LOG.info(f"`weight` makes {len(chosen):,} rows per epoch of {len(dataset):,}")
-    return take_rows(dataset, chosen if keeps_order(cfg) else rng.permutation(chosen))
-
-
-def without_weights(evaluation: Dataset | None) -> Dataset | None:
-    if evaluation is None or WEIGHT not in evaluation.column_names:
-        return evaluation
-    return evaluation.remove_columns(WEIGHT)
-
-
-def keeps_order(cfg: DictDefault) -> bool:
-    """Whether rows stay in the order of their datasets."""
-    return cfg.shuffle_merged_datasets is False or bool(cfg.curriculum_sampling)
 
 
 def _fit_evaluation(evaluation: Dataset | None, cfg: DictDefault) -> Dataset | None:
@@ -486,7 +444,7 @@ def _raw_datasets(cfg: DictDefault) -> Prepared:
             take_shard(load_dataset_with_config(entry, cfg.hf_use_auth_token), entry, int(cfg.seed or 0))
             for entry in datasets_with_name_generator([DictDefault(entry) for entry in entries])
         ]
-        rows = opened[0] if len(opened) == 1 else concatenate_datasets(_alike(opened))
+        rows = opened[0] if len(opened) == 1 else concatenate_datasets(alike(opened))
         return take_rows(rows, order_rows([np.ones(len(dataset), dtype=bool) for dataset in opened], cfg))
 
     train = read(cfg.datasets or [])

@@ -119,7 +119,7 @@ def test_rows_of_tokens_that_are_none(config, tokenizer, row, message):
 def test_tokens_that_the_tokenizer_does_not_know(config, tokenizer, caplog):
     row = {"input_ids": [1, 10**6], "labels": [-100, 10**6], "attention_mask": [1, 1]}
     assert len(prepare(config([*token_rows(2), row, row]), tokenizer).train) == 4
-    assert "2 rows, the first of them row 2, have `input_ids` that the tokenizer does not know" in caplog.text
+    assert "row 2: `input_ids` has the token 1000000, and the tokenizer has 259 tokens" in caplog.text
 
 
 def test_length_policy_is_counted(config, tokenizer):

@@ -32,6 +32,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.data import files, remote
+from axolotl.utils.data.compressed import check_whole, is_compressed, naming_damaged
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -215,10 +216,20 @@ def _open_repository(
     where = {"name": config.name, "revision": config.revision, "token": token, **data_files}
     builder = load_dataset_builder(path, cache_dir=common["cache_dir"], **where)
     found = {str(name): urls for name, urls in (builder.config.data_files or {}).items()}
+    manager = DownloadManager(dataset_name=path, download_config=DownloadConfig(token=token))
+
+    def fetch(urls: list[str]) -> list[tuple[str, str]]:
+        return list(zip(manager.download(urls), urls, strict=True))
+
     if not found or not isinstance(builder, Json) or builder.info.features:
         if common["streaming"]:
             return cast(IterableDataset, builder.as_streaming_dataset(split=common["split"]))
-        builder.download_and_prepare()
+        compressed = [str(url) for urls in found.values() for url in urls if is_compressed(str(url))]
+        unnoticed = [url for url in compressed if url.lower().endswith(".zst")]
+        for file, url in fetch(unnoticed):
+            check_whole(file, url)
+        with naming_damaged(lambda: fetch(compressed)):
+            builder.download_and_prepare()
         return cast(Dataset, builder.as_dataset(split=common["split"]))
     splits = [part.strip().partition("[")[0] for part in common["split"].split("+")]
     if "all" in splits:
@@ -229,7 +240,6 @@ def _open_repository(
         options = {"token": token} if urls[0].startswith("hf://") else {}
         rows = files.stream_json(urls, options)
         return cast(IterableDataset, builder.as_streaming_dataset(split=common["split"])) if rows is None else rows
-    manager = DownloadManager(dataset_name=path, download_config=DownloadConfig(token=token))
     whole = {"split": "train", "streaming": False, "cache_dir": common["cache_dir"]}
     json_config = DictDefault(path=path, ds_type="json")
     parts = {}

@@ -18,9 +18,12 @@ from torch.utils.data import IterableDataset
 
 from axolotl.datasets import TokenizeRows
 from axolotl.exceptions import DatasetError
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy, name_row
 from axolotl.utils.data.rows import FILTERED
+from axolotl.utils.data.source_rows import name_made_row
 from axolotl.utils.data.stream_mix import Draw, StreamMix
 from axolotl.utils.data.stream_rows import RowPolicy, TokenRow, as_token_rows, count, join_texts, take_token_row
+from axolotl.utils.data.token_ids import Embedding, check_row_tokens
 from axolotl.utils.data.tokenize import TOKEN_COLUMNS
 from axolotl.utils.samplers.geometry import PackingGeometry
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
@@ -83,6 +86,7 @@ class TokenStream(IterableDataset):
         policy: which tokenized rows stay.
         plan: blocks and batches.
         shard: `(n, i)` takes part i of n of the rows.
+        embedding: the model's, which must have a row for every token; None where it is not known.
     """
 
     def __init__(
@@ -92,12 +96,15 @@ class TokenStream(IterableDataset):
         policy: RowPolicy,
         plan: BlockPlan,
         shard: tuple[int, int] = (1, 0),
+        embedding: Embedding | None = None,
     ):
         self.mix = mix
         self.strategies = list(strategies)
         self.policy = policy
         self.plan = plan
         self.shard = shard
+        self.embedding = embedding
+        self._looked_at: set[int] = set()  # sources whose first rows were
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in self.read():
@@ -185,7 +192,16 @@ class TokenStream(IterableDataset):
             name = self.mix.sources[source].name
             counts = dropped.setdefault(name, {})
             rows = [draw.content for draw in group]
-            made = tokenize_rows(self.strategies[source], [draw.row for draw in group], rows, name, counts)
+            numbers = [draw.row for draw in group]
+            if source not in self._looked_at:
+                self._looked_at.add(source)
+                _look_at(self.strategies[source], rows, name)
+            made = tokenize_rows(self.strategies[source], numbers, rows, name, counts)
+            # A strategy may make several rows of one, or none.
+            name_of_row = (
+                (lambda index, numbers=numbers: name_row(numbers[index])) if len(made) == len(rows) else name_made_row
+            )
+            check_row_tokens(made, name, self.embedding, name_of_row)
             kept = self.policy.apply(made, name, counts)
             block.rows += kept
             block.num_tokens += sum(len(row["input_ids"]) for row in kept)
@@ -232,6 +248,13 @@ class TokenStream(IterableDataset):
             batch = [[rows[index] for index in bin_] for bin_ in bins]
             # The last batch of a block may have fewer bins; empty ones, which are padding, keep its shape.
             yield batch + [[] for _ in range(0 if plan.packing.one_row else plan.packing.num_rows - len(batch))]
+
+
+def _look_at(tokenize: TokenizeRows | None, rows: list[dict[str, Any]], name: str) -> None:
+    """Warn of properties that the config names and that the first rows of a source do not have."""
+    strategy = None if tokenize is None else tokenize.strategy
+    if isinstance(strategy, PromptTokenizingStrategy) and strategy.named_properties is not None:
+        strategy.named_properties.warn_of_missing(rows, name)
 
 
 def tokenize_rows(

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from axolotl.exceptions import AxolotlError, CheckpointError
 from axolotl.utils.data.stream import Batch, TokenStream
 from axolotl.utils.logging import get_logger
+from axolotl.utils.processes import init_worker
 
 LOG = get_logger(__name__)
 
@@ -96,6 +97,7 @@ class StreamLoader:
             batch_size=None,
             collate_fn=_Collate(self.collate),
             num_workers=self.num_workers,
+            worker_init_fn=init_worker,
             # Without a generator of its own, torch would draw from that of the run, which a resumed run has just restored.
             generator=torch.Generator().manual_seed(self.dataset.plan.seed),
             **self.options,

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from axolotl.exceptions import AxolotlError, DatasetError
+from axolotl.utils.data.compressed import name_damaged_files
 from axolotl.utils.data.files import FILL_IT
 from axolotl.utils.data.shared import READ_ERRORS, datasets_with_name_generator, first_cause, load_dataset_with_config
 from axolotl.utils.data.tokenize import dataset_name
@@ -71,6 +72,7 @@ class StreamSource:
         return None
 
     def _read(self) -> Iterator[Row]:
+        name_damaged_files()
         if self.seed is not None:
             # `datasets` orders the files by this number. 0 means their own order, so it is never 0.
             self.dataset.set_epoch(self.seed * 100_003 + self.passes + 1)

@@ -22,6 +22,7 @@ from axolotl.utils.data.stream import BlockPlan, TokenStream
 from axolotl.utils.data.stream_mix import StreamMix
 from axolotl.utils.data.stream_rows import RowPolicy, as_token_rows, join_texts
 from axolotl.utils.data.stream_sources import StreamSource, open_sources
+from axolotl.utils.data.token_ids import read_embedding
 from axolotl.utils.data.tokenize import dataset_name
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -132,7 +133,7 @@ def _build_stream(
         join_to=int(cfg.sequence_len or 512) if joins else None,
         pad_token_id=_pad_token(tokenizer) if joins else 0,
     )
-    return TokenStream(mix, strategies, policy, plan, read_shard(cfg))
+    return TokenStream(mix, strategies, policy, plan, read_shard(cfg), read_embedding(cfg, tokenizer))
 
 
 def _strategy(entry: DictDefault, cfg: DictDefault, tokenizer: Any, processor: Any) -> TokenizeRows | None:

@@ -12,7 +12,7 @@ from axolotl import prompt_strategies
 from axolotl.datasets import TokenizedPromptDataset
 from axolotl.exceptions import AxolotlError, DatasetError
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy, RowName, name_row
-from axolotl.utils.data.rows import check_token_columns, check_token_ids
+from axolotl.utils.data.rows import check_token_columns
 from axolotl.utils.dict import DictDefault
 
 ROWS_PER_PROCESS = 2_000
@@ -51,7 +51,6 @@ def tokenize_dataset(
     name = dataset_name(config)
     if TOKEN_COLUMNS.issubset(raw.column_names):
         check_token_columns(raw, name, name_row)
-        check_token_ids(raw, name, None if tokenizer is None else len(tokenizer), name_row)
         return _with_attention_mask(raw)
     if not config.type:
         raise DatasetError(

@@ -5,22 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.validation.common import VARLEN_BACKENDS
 
-VARLEN_ATTENTION = frozenset(
-    [
-        "flash_attention_2",
-        "flash_attention_3",
-        "flash_attention_4",
-        "flash_attention_torch",
-        "axolotl_varlen",
-        "flex_attention",
-        "xformers",
-        "sage",
-        "kernels-community/flash-attn2",
-        "kernels-community/flash-attn3",
-        "kernels-community/sage-attention",
-    ]
-)
+VARLEN_ATTENTION = VARLEN_BACKENDS | {"axolotl_varlen"}
 """Values of `attn_implementation` with which one long row of documents costs no more than several short rows."""
 
 

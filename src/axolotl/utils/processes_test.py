@@ -1,0 +1,152 @@
+"""Processes that are started on the way end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import axolotl
+from axolotl.core.datasets.map_rows import can_fork
+
+pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked on this system")
+
+ROOT = Path(axolotl.__file__).resolve().parents[2]
+
+TOKENIZES = """
+import os, sys, time
+from datasets import Dataset
+from axolotl.core.datasets.map_rows import BLOCK_ROWS, map_rows
+
+def convert(rows, numbers):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+    return rows
+
+map_rows(Dataset.from_dict({"number": list(range(2 * BLOCK_ROWS))}), convert, num_proc=2)
+"""
+
+FILTERS = """
+import os, sys, time
+from datasets import Dataset
+from axolotl.datasets import TokenizedPromptDataset
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+
+def keeps(row):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+class Strategy(PromptTokenizingStrategy):
+    filter_rows = staticmethod(keeps)
+
+    def tokenize_prompt(self, prompt):
+        return prompt
+
+TokenizedPromptDataset(Strategy(None, None), Dataset.from_dict({"number": list(range(2000))}), process_count=2)
+"""
+
+
+RANKS = """
+import os, sys, time
+from pathlib import Path
+from tests.integration.training_runs import run_on_ranks
+
+def sleep(folder):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_on_ranks(sleep, Path(sys.argv[1]))
+"""
+
+
+WORKERS = """
+import os, sys, time
+from datasets import Dataset
+from axolotl.utils.data.stream import BlockPlan, TokenStream
+from axolotl.utils.data.stream_loader import StreamLoader
+from axolotl.utils.data.stream_mix import StreamMix
+from axolotl.utils.data.stream_rows import RowPolicy
+from axolotl.utils.data.stream_sources import StreamSource
+
+def collate(rows):
+    print(os.getpid(), flush=True)
+    return {}
+
+if __name__ == "__main__":
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}] * 8)
+    mix = StreamMix([StreamSource(rows.to_iterable_dataset(), "d", seed=1)])
+    stream = TokenStream(mix, [None], RowPolicy(sequence_len=8), BlockPlan(num_rows=2))
+    batches = iter(StreamLoader(stream, collate, num_workers=2, multiprocessing_context="forkserver"))
+    next(batches)
+    time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and no mere entry of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def session_of(pid: int) -> list[int]:
+    """The running processes of the session that a process leads."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == pid and is_running(int(entry.name)):
+                found.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (TOKENIZES, signal.SIGKILL),
+        (TOKENIZES, signal.SIGTERM),
+        (FILTERS, signal.SIGKILL),
+        (WORKERS, signal.SIGKILL),
+        (RANKS, signal.SIGKILL),
+    ],
+    ids=[
+        "tokenizing, killed",
+        "tokenizing, terminated",
+        "filtering, killed",
+        "loading, killed",
+        "ranks of a test, killed",
+    ],
+)
+def test_nothing_is_left_of_a_process_that_is_killed(script, number, tmp_path):
+    (tmp_path / "script.py").write_text(script)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", tmp_path / "ranks"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert parent.stdout is not None
+        children: set[int] = set()
+        while len(children) < 2:
+            children.add(int(parent.stdout.readline()))
+        assert children <= set(session_of(parent.pid))
+        parent.send_signal(number)
+        assert parent.wait(30) == -number
+        deadline = time.monotonic() + 20
+        while (left := session_of(parent.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:
+        for pid in session_of(parent.pid):
+            os.kill(pid, signal.SIGKILL)
