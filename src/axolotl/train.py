@@ -20,11 +20,12 @@ from axolotl.core.builders.causal import HFCausalTrainerBuilder
 from axolotl.core.checkpoint import (
     SAVED_CONFIG,
     TRAINER_STATE,
+    has_weights,
     remove_leftovers,
     resolve_checkpoint,
 )
 from axolotl.core.output_dir import check_output_dir, rescue_dirs
-from axolotl.core.resume import changes_since
+from axolotl.core.resume import changes_since, later_checkpoints
 from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin, write_model
 from axolotl.exceptions import ConfigError, NotBuiltError, OutOfMemoryError, OutputError
 from axolotl.integrations.base import PluginManager
@@ -112,7 +113,7 @@ def check_run(cfg: DictDefault) -> None:
 
 
 def setup_model_and_trainer(cfg: DictDefault, dataset_meta: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """Load model, tokenizer, trainer, etc. Helper function to encapsulate the full trainer setup.
+    """Load tokenizer, processor and model, and build the trainer.
 
     Returns:
         (trainer, model, tokenizer, peft_config, processor).
@@ -206,22 +207,28 @@ def save_initial_configs(
     peft_config: Any = None,
     processor: Any = None,
 ) -> None:
-    """Save initial configurations before training, so that even a run that dies can be loaded and repeated."""
+    """Save initial configurations before training, so that even a run that dies can be loaded and repeated.
+
+    What describes weights of an earlier run stays with them until the new ones are there.
+    """
     if get_rank() != 0:
         return
     output_dir = Path(cfg.output_dir)
     (output_dir / SAVED_CONFIG).write_text(config_as_yaml(cfg), encoding="utf-8")
-    # mistral-common has no chat template that could stand in a file.
-    options = (
-        {} if cfg.tokenizer_use_mistral_common else {"save_jinja_files": cfg.tokenizer_save_jinja_files is not False}
-    )
-    tokenizer.save_pretrained(str(output_dir), **options)
+    if has_weights(output_dir):
+        return
+    tokenizer.save_pretrained(str(output_dir), **({} if saves_jinja_files(cfg) else {"save_jinja_files": False}))
     if processor is not None:
         processor.save_pretrained(str(output_dir))
     if peft_config is not None:
         peft_config.save_pretrained(str(output_dir))
     if model.config is not None:
         model.config.save_pretrained(str(output_dir))
+
+
+def saves_jinja_files(cfg: DictDefault) -> bool:
+    """Whether the chat template gets a file of its own. mistral-common has none that could stand anywhere else."""
+    return cfg.tokenizer_save_jinja_files is not False or bool(cfg.tokenizer_use_mistral_common)
 
 
 def setup_model_card(cfg: DictDefault, trainer: Any = None) -> None:
@@ -249,8 +256,11 @@ def find_checkpoint(cfg: DictDefault, *, content: bool) -> Path | None:
 
 
 def prepare_resume(cfg: DictDefault, trainer: Any, checkpoint: Path | None) -> None:
-    """Let the trainer's checkpoints hold the config, and warn of what is another than in the one to resume from."""
-    trainer.saved_config = config_as_yaml(cfg)
+    """Let the trainer save config and tokenizer as the config asks; warn of what is another than in the checkpoint to resume from."""
+    trainer.saved_config, trainer.saves_jinja_files = config_as_yaml(cfg), saves_jinja_files(cfg)
+    later = later_checkpoints(cfg.output_dir, checkpoint)
+    if later and get_rank() == 0:
+        LOG.warning(later)
     if checkpoint is None:
         return
     changes = changes_since(checkpoint, trainer.saved_config, trainer.args.world_size)

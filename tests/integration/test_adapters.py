@@ -436,6 +436,15 @@ def test_relora_merges_restarts_and_resumes(keys, config, tmp_path):
         assert torch.equal(logits(again), expected), step
 
 
+def test_an_adapter_after_a_relora_run_in_the_same_folder_keeps_its_base(config, tmp_path):
+    run(config(**RELORA))
+    path = config(**LORA)
+    model, _, _ = run(path)
+    assert (tmp_path / "out/relora").is_dir()
+    merge_lora(path)
+    assert_same(logits(plain(tmp_path / "out" / "merged")), logits(model))
+
+
 # --- layers and rows --------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +473,16 @@ def test_lisa_changes_only_the_layers_of_the_draw(config):
     }
     assert len(changed) == 1
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_lisa_draws_among_the_layers_that_train(config):
+    keys = {"lisa_step_interval": 1, "unfrozen_parameters": ["layers.1.mlp", "layers.3.mlp"], "max_steps": 3}
+    model, _, cfg = run(config("deep", lisa_n_layers=1, **keys))
+    before = plain(cfg.base_model).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(".1.mlp" in name or ".3.mlp" in name for name in changed)
+    with pytest.raises(ConfigError, match=r"more than the 2 layers that are not frozen from the start, as 2 are"):
+        run(config("deep", lisa_n_layers=3, **keys))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "schedule_free_adamw", "muon"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -131,6 +132,11 @@ def test_the_newest_result_answers(base, tmp_path):
     assert choose_source(cfg).base_model == str(base) and "nothing trained" in choose_source(cfg).what
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(out / "merged")
     assert choose_source(cfg).base_model == str(out / "merged")
+    write_adapter(base, out / "checkpoint-3")
+    (out / "checkpoint-3/trainer_state.json").write_text("{}")
+    shutil.copy(out / "checkpoint-3/adapter_config.json", out)  # of a run that has just begun
+    shutil.rmtree(out / "merged")
+    assert choose_source(cfg).adapter == str(out / "checkpoint-3")
     write_adapter(base, out)
     assert choose_source(cfg).adapter == str(out)
     assert choose_source(cfg, base_model="elsewhere").adapter is None
@@ -142,6 +148,8 @@ def test_the_newest_result_answers(base, tmp_path):
 def test_a_fully_trained_model_answers_itself(base, tmp_path):
     cfg = DictDefault(base_model=str(base), output_dir=str(tmp_path / "out"))
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "out")
+    assert choose_source(cfg).base_model == str(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "out/merged")  # left by an adapter's run
     assert choose_source(cfg).base_model == str(tmp_path / "out")
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import random
+import statistics
 import subprocess
 import sys
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from datasets import load_from_disk
+from transformers import LlamaConfig, TrainerState
 
 from axolotl.cli.config import inspect_cfg
 from axolotl.integrations.base import PluginManager
@@ -63,14 +68,14 @@ def test_every_row_is_a_config_that_runs_compiled_on_a_gpu_with_the_memory_knobs
     assert (cfg.adapter or "full") == {"longest": "lora"}.get(name.split("-")[0], name.split("-")[0])
 
 
-@pytest.mark.parametrize("name", ["lora-8b", "lora-8b-fp8", "full-1b", "lora-8b-packed"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_yaml_for_the_existing_implementation_has_its_fast_kernels_and_known_keys(load, tmp_path, name):
     cfg = load("run_axolotl").translated(yaml.safe_load(write_yaml(load, tmp_path, name).read_text()))
     (tmp_path / "translated.yml").write_text(yaml.safe_dump(cfg))
     read = inspect_cfg(tmp_path / "translated.yml", machine=capabilities_of("h200"))
     assert read.liger_fused_linear_cross_entropy
     assert read.fp8 is None
-    assert bool(read.lora_mlp_kernel) == (name != "full-1b")
+    assert bool(read.lora_mlp_kernel) == (not name.startswith("full"))
 
 
 def test_documents_packed_for_llamafactory_are_all_there_and_begin_again(load):
@@ -78,14 +83,51 @@ def test_documents_packed_for_llamafactory_are_all_there_and_begin_again(load):
     documents = [{"input_ids": [n] * n, "labels": [-100] + [n] * (n - 1)} for n in (5, 3, 8, 2, 7, 4, 4, 1)]
     rows = list(pack(documents, 8))
     assert len(rows) == 5  # 34 tokens
-    assert all(len(row["input_ids"]) <= 8 for row in rows)
-    assert sorted(n for row in rows for n in row["input_ids"]) == sorted(
-        n for one in documents for n in one["input_ids"]
-    )
+    assert {len(values) for row in rows for values in row.values()} == {16}  # room for 8, and padding
+    ids = [n for row in rows for n, number in zip(row["input_ids"], row["attention_mask"], strict=True) if number]
+    assert sorted(ids) == sorted(n for one in documents for n in one["input_ids"])
     for row in rows:
-        begins = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+        size = sum(number > 0 for number in row["attention_mask"])
+        assert size <= 8
+        assert (
+            row["attention_mask"][size:] == row["position_ids"][size:] == row["input_ids"][size:] == [0] * (16 - size)
+        )
+        assert row["labels"][size:] == [-100] * (16 - size)
+        begins = [place for place, position in enumerate(row["position_ids"][:size]) if position == 0]
         assert [row["attention_mask"][place] for place in begins] == list(range(1, len(begins) + 1))
         assert all(row["labels"][place] == -100 for place in begins)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_reach_llamafactory_in_their_order_with_the_tokens_of_each_step(load, tmp_path, monkeypatch, packed):
+    module = load("run_llamafactory")
+    sizes = [8, 8, 8, 8] if not packed else [3, 5, 8, 2, 4, 1]
+    documents = [{"input_ids": [5] * n, "labels": [-100] + [5] * (n - 1), "attention_mask": [1] * n} for n in sizes]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in documents))
+    cfg = {"datasets": [{"path": str(path)}], "sequence_len": 8, "sample_packing": packed}
+    lengths = [sum(number > 0 for number in row["attention_mask"]) for row in module.save_rows(cfg, tmp_path / "saved")]
+    saved = load_from_disk(tmp_path / "saved")["train"]
+    assert set(saved.column_names) == {*module.COLUMNS, *(["position_ids"] if packed else [])}
+    assert lengths == ([8, 8, 7] if packed else sizes)
+    assert [sum(number > 0 for number in mask) for mask in saved["attention_mask"]] == lengths
+    monkeypatch.setenv("STEP_CLOCK", str(tmp_path / "stamps.jsonl"))
+    step_clock = load("step_clock")
+    tokens = step_clock.tokens_by_step(lengths, rows_per_step=2, steps=3)
+    assert tokens == ([16, 7, 16] if packed else [16, 16, 16])
+    clock = step_clock.StepClock(tokens)
+    for step in (1, 2, 3):
+        clock.on_log(None, TrainerState(global_step=step), None, logs={"loss": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "stamps.jsonl").read_text().splitlines()]
+    assert load("row").tokens_of_steps(lines, full=0) == (tokens, "rows")
+
+
+def test_rows_reach_trl_and_unsloth_with_a_mask_of_what_is_trained_on_and_nothing_else(load, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]}) + "\n"
+    )
+    rows = load("sft").read_rows({"datasets": [{"path": str(tmp_path / "rows.jsonl")}]})
+    assert rows.to_list() == [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}]
 
 
 def test_full_rows_are_cut_from_a_stream_and_packed_documents_keep_their_lengths(load, tmp_path):
@@ -95,7 +137,7 @@ def test_full_rows_are_cut_from_a_stream_and_packed_documents_keep_their_lengths
     full = [json.loads(line) for line in (tmp_path / "full.jsonl").read_text().splitlines()]
     assert [one["input_ids"] for one in full[:2]] == [[0, 1, 2, 3, 4, 5, 10, 11], [12, 13, 14, 15, 20, 21, 22, 23]]
     assert len(full) == row.micro_batch_size * row.accumulation
-    assert full[0]["labels"] == full[0]["input_ids"]
+    assert all(one["labels"] == [-100, *one["input_ids"][1:]] for one in full)
     packed = dataclasses.replace(row, packed=True)
     lengths = iter([([5] * 2, 1), ([6] * 6, 2)] * 20)
     assert workload.write_rows(tmp_path / "packed.jsonl", packed, lengths) == pytest.approx((4 + 36) / 8, abs=0.1)
@@ -103,17 +145,42 @@ def test_full_rows_are_cut_from_a_stream_and_packed_documents_keep_their_lengths
     assert first["labels"] == [-100, -100, 6, 6, 6, 6]
 
 
-def test_a_peer_that_is_not_there_is_refused_before_anything_is_trained(load, tmp_path):
-    find_runner = load("runners").find_runner
+def test_documents_too_long_for_a_row_are_cut_with_their_labels_and_train_on_a_token_each(load, tmp_path):
+    workload, row = load("workload"), dataclasses.replace(load("rows").ROWS["lora-1b"], sequence_len=8, steps=1)
+    packed, path = dataclasses.replace(row, packed=True), tmp_path / "packed.jsonl"
+    workload.write_rows(path, packed, iter([([5] * 20, 10)] * 20))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 9  # 64 tokens and a tenth more, of 8 each
+    assert all(one["labels"] == [-100] * 7 + [5] and len(one["input_ids"]) == 8 for one in rows)
+    documents = list(islice(workload.random_documents(100, random.Random(0), row_length=64), 200))
+    assert statistics.mean(len(ids) for ids, _ in documents) < 16
+    documents = list(islice(workload.random_documents(100, random.Random(0), row_length=8192), 200))
+    assert statistics.mean(len(ids) for ids, _ in documents) == pytest.approx(200, rel=0.1)
+
+
+def test_a_peer_that_cannot_be_run_is_named_with_the_reason(load, tmp_path):
+    runners = load("runners")
+    find_runner = runners.find_runner
     with pytest.raises(SystemExit, match=r"no peer is called `trll`\. Write one of: plain, trl, unsloth"):
         find_runner("trll", tmp_path)
     if importlib.util.find_spec("llamafactory") is None:
-        with pytest.raises(SystemExit, match=r"cannot import `llamafactory`\. Install it there, or name the python"):
+        with pytest.raises(
+            runners.RunError, match=r"cannot import `llamafactory`\. Install it there, or name the python"
+        ):
             find_runner("llamafactory", tmp_path)
-    with pytest.raises(SystemExit, match="is the one that is measured"):
+    with pytest.raises(runners.RunError, match="is the one that is measured"):
         find_runner("axolotl", tmp_path)
-    with pytest.raises(SystemExit, match="there is no program /none/python"):
+    with pytest.raises(runners.RunError, match="There is no program /none/python"):
         find_runner("trl=/none/python", tmp_path)
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such library >&2\nexit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(runners.RunError, match="is no python that runs") as caught:
+        find_runner(f"trl={broken}", tmp_path)
+    assert caught.value.recorded()["log_end"] == ["no such library"]
+    broken.write_text("neither a script nor a program")
+    with pytest.raises(runners.RunError, match="does not run: "):
+        find_runner(f"trl={broken}", tmp_path)
 
 
 def test_the_rate_is_the_median_of_steps_4_to_12_by_the_tokens_that_the_trainer_counted(load):
@@ -150,6 +217,58 @@ with open(os.environ["STEP_CLOCK"], "w") as file:
 """
 
 
+BEGIN = """
+import json, os, signal, subprocess, sys, time
+file = open(os.environ["STEP_CLOCK"], "w")
+def note(**line):
+    print(json.dumps({"time": time.time(), **line}), file=file, flush=True)
+note(versions={})
+def steps(*numbers, loss=1.0):
+    for number in numbers:
+        note(step=number, peak_gib=None, logs={"loss": loss})
+print("loading", end=chr(10) + "  0%|    | 0/3" + chr(13) + " 33%|   | 1/3" + chr(10))
+"""
+ENDINGS = {
+    "print('no such layer', file=sys.stderr); sys.exit(3)": "ended with exit code 3, 0 of 3 steps done.",
+    "steps(1, 2); file.write('{\"time\": 1'); file.flush(); os.kill(os.getpid(), 9)": "was killed by SIGKILL, 2 of 3 steps done.",
+    "steps(1); time.sleep(60)": "was killed after 2 s, 1 of 3 steps done.",
+    "steps(1, 2)": "ended well, but its log has the steps [1, 2], where 1 to 3 were asked for.",
+    "steps(1, 2, 2, 3)": "ended well, but its log has the steps [1, 2, 2, 3], where 1 to 3 were asked for.",
+    "steps(1, 2); steps(3, loss=0.0)": "logged a loss of 0.0 at step 3: it trained on nothing, or went astray.",
+    "steps(1); steps(2, 3, loss=float('nan'))": "logged a loss of nan at step 2: it trained on nothing, or went astray.",
+}
+
+
+@pytest.mark.parametrize("code", ENDINGS)
+def test_a_run_without_numbers_leaves_its_reason_and_the_end_of_its_log_without_progress_bars(load, tmp_path, code):
+    runners = load("runners")
+    (tmp_path / "fake.py").write_text(BEGIN + code)
+    runner = runners.Runner("fake", sys.executable, (str(tmp_path / "fake.py"),))
+    with pytest.raises(runners.RunError) as caught:
+        runners.train(runner, tmp_path / "fake.yml", tmp_path / "cache", steps=3, limit_seconds=2)
+    recorded = caught.value.recorded()
+    assert recorded["error"] == f"fake {ENDINGS[code]}"
+    assert recorded["log_end"] == ["loading", *(["no such layer"] if "such layer" in code else [])]
+    assert caught.value.log == tmp_path / "fake.log"
+    shown = load("row").described_run("fake", recorded).splitlines()
+    assert shown[0] == f"fake          failed: fake {ENDINGS[code]}"
+    assert shown[-1].split(" | ")[1] == recorded["log_end"][-1]
+
+
+def test_what_a_run_leaves_behind_is_killed(load, tmp_path):
+    runners = load("runners")
+    child = "child = subprocess.Popen(['sleep', '60']); print(child.pid, file=open('child', 'w')); steps(1, 2, 3)"
+    (tmp_path / "fake.py").write_text(BEGIN + child)
+    runner = runners.Runner("fake", sys.executable, (str(tmp_path / "fake.py"),))
+    run = runners.train(runner, tmp_path / "fake.yml", tmp_path / "cache", steps=3, limit_seconds=60)
+    assert [step["step"] for step in run["steps"]] == [1, 2, 3]
+    status = Path("/proc", (tmp_path / "child").read_text().strip(), "status")
+    deadline = time.monotonic() + 5
+    while status.is_file() and "zombie" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline
+
+
 def test_the_longest_row_is_the_last_that_fits_and_starts_find_compiled_code(load, tmp_path):
     row_module, rows = load("row"), load("rows")
     (tmp_path / "fake.py").write_text(FAKE)
@@ -167,12 +286,14 @@ def test_the_longest_row_is_the_last_that_fits_and_starts_find_compiled_code(loa
     bench.folder.mkdir()
     assert [start["compile_cache"] for start in bench.measure(runner, starts=2)["starts"]] == ["cold", "warm"]
     bench = dataclasses.replace(bench, row=dataclasses.replace(row, lengths=(128,)))
-    with pytest.raises(row_module.RunError, match=r"fake ended with exit code 1 after 0 steps(.|\n)*out of memory"):
+    with pytest.raises(row_module.RunError, match="fake ended with exit code 1, 0 of 6 steps done") as caught:
         bench.measure(runner)
+    assert caught.value.out_of_memory
+    assert caught.value.log_end == ["Error: the device ran out of memory."]
 
 
 @pytest.mark.slow
-def test_a_row_trains_from_yaml_and_trl_has_the_same_losses_on_the_same_rows(tmp_path):
+def test_a_row_trains_from_yaml_with_the_losses_of_trl_while_another_peer_is_not_there(tmp_path):
     command = [
         sys.executable,
         str(BENCHMARKS / "row.py"),
@@ -184,13 +305,23 @@ def test_a_row_trains_from_yaml_and_trl_has_the_same_losses_on_the_same_rows(tmp
         "--steps",
         "5",
     ]
-    command += ["--compare", "trl", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    command += [
+        "--compare",
+        "unsloth=/none/python",
+        "trl",
+        "--work",
+        str(tmp_path / "work"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
     assert {"date", "command", "commit", "device", "versions", "workload", "targets", "matmul_tflops"} <= set(record)
     assert str(tmp_path) not in record["command"]
+    assert record["runs"]["unsloth"] == {"error": "There is no program /none/python."}
+    assert list(record["ratio"]) == ["trl"]
     product, trl = record["runs"]["product"], record["runs"]["trl"]
     assert product["losses"] == pytest.approx(trl["losses"], rel=1e-5)
     assert len(set(product["losses"])) == 5

@@ -234,6 +234,35 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_would_be_loaded_instead_of_a_new_model_goes(tmp_path, caplog):
+    """`from_pretrained` prefers an adapter to a model, and whole weights to shards."""
+    earlier = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "tokenizer.json")
+    for name in earlier:
+        (tmp_path / name).write_text("earlier")
+    with model_aside(tmp_path) as aside:
+        aside.mkdir()
+        for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "config.json"):
+            (aside / name).write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    assert (tmp_path / "earlier-adapter/adapter_model.safetensors").read_text() == "earlier"
+    assert "adapter of an earlier run" in caplog.text
+
+
+def test_a_new_adapter_leaves_the_model_of_an_earlier_run(tmp_path):
+    (tmp_path / "model.safetensors").write_text("earlier")
+    with model_aside(tmp_path) as aside:
+        aside.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (aside / name).write_text("new")
+    assert (tmp_path / "model.safetensors").read_text() == "earlier"
+    assert (tmp_path / "adapter_config.json").read_text() == "new"
+
+
 def test_a_model_half_written_by_a_killed_process_is_removed(tmp_path):
     (tmp_path / ".model.writing").mkdir()
     (tmp_path / "model.safetensors").write_text("earlier")

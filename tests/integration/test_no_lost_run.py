@@ -27,6 +27,7 @@ from axolotl.core.checkpoint import (
     list_checkpoints,
     resolve_checkpoint,
 )
+from axolotl.core.resume import later_checkpoints
 from axolotl.core.trainers.mixins import checkpoints as mixin
 from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
 from axolotl.exceptions import CheckpointError, OutputError
@@ -53,6 +54,96 @@ def make(folder: Path, **args):
 def all_in_background(monkeypatch):
     """Tiny files go the way of large ones."""
     monkeypatch.setattr(host_copy, "SMALL_BYTES", 0)
+
+
+# ---- two runs, one folder
+
+
+class StopAt(TrainerCallback):
+    """Raises an error after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("stopped here")
+
+
+def test_a_run_in_the_folder_of_an_earlier_one_keeps_its_own_checkpoints(tmp_path):
+    """The earlier run has higher steps; it is the one that makes room, and not the one that is gone on from."""
+    make(tmp_path, max_steps=6, save_total_limit=2).train()
+    whole = make(tmp_path / "whole", max_steps=6, learning_rate=2e-3)
+    whole.train()
+    args = {"max_steps": 6, "save_total_limit": 2, "learning_rate": 2e-3}
+    with pytest.raises(RuntimeError, match="stopped here"):
+        make(tmp_path, callbacks=[StopAt(3)], **args).train()
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    again = make(tmp_path, **args)
+    again.train(resume_from_checkpoint=str(resolve_checkpoint(None, tmp_path / "out", auto=True)))
+    assert steps_of(again) == steps_of(whole)
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
+    make(tmp_path, max_steps=5).train()
+    out = tmp_path / "out"
+    said = later_checkpoints(out, out / "checkpoint-2")
+    assert said is not None and "3 checkpoints, the last of them checkpoint-5, of an earlier run" in said
+    assert later_checkpoints(out, out / "checkpoint-5") is None
+    with pytest.raises(RuntimeError, match="stopped here"):
+        make(tmp_path, max_steps=5, callbacks=[StopAt(3)]).train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    names = [path.name for path in list_checkpoints(out)]
+    assert names == [f"checkpoint-{step}" for step in (1, 2, 4, 5, 3)]
+    assert find_last_whole_checkpoint(out) == out / "checkpoint-3"
+
+
+def test_checkpoints_of_other_programs_come_before_ours(tmp_path):
+    out = tmp_path / "out"
+    for step in (100, 300):
+        (out / f"checkpoint-{step}").mkdir(parents=True)
+        (out / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    make(tmp_path, max_steps=2).train()
+    names = [path.name for path in list_checkpoints(out)]
+    assert names == [f"checkpoint-{step}" for step in (100, 300, 1, 2)]
+
+
+class BestAt(TrainerCallback):
+    """Gives evaluations a metric that is highest at a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_worth"] = -abs(state.global_step - self.step)
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "worth",
+    "greater_is_better": True,
+}
+
+
+def test_the_best_model_is_none_of_an_earlier_run(tmp_path):
+    make(tmp_path, max_steps=4).train()
+    trainer = make(tmp_path, max_steps=4, save_steps=2, callbacks=[BestAt(3)], **BEST)
+    trainer.train()
+    assert trainer.state.best_global_step == 3  # which this run has not saved, but the other has
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out/checkpoint-2")
+
+
+def test_the_best_model_is_found_when_the_folder_has_moved(tmp_path):
+    best = BEST | {"callbacks": [BestAt(2)]}
+    whole = make(tmp_path / "a", **best)
+    whole.train()
+    (tmp_path / "b").mkdir()
+    shutil.move(tmp_path / "a/out", tmp_path / "b/out")
+    moved = make(tmp_path / "b", **best)
+    moved.train(resume_from_checkpoint=str(tmp_path / "b/out/checkpoint-4"))
+    assert moved.state.best_model_checkpoint == str(tmp_path / "b/out/checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(whole).values(), weights_of(moved).values(), strict=True))
 
 
 # ---- killed

@@ -173,6 +173,22 @@ def test_a_schedule_free_run_saves_what_it_evaluates(tmp_path, saves_aside):
     assert training_point.keys() == average.keys()
 
 
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
+def test_neither_evaluations_nor_saves_change_a_schedule_free_run(name, tmp_path):
+    plain = trainer_of(name, tmp_path / "plain")
+    plain.train()
+    watched = trainer_of(name, tmp_path, eval_strategy="steps", eval_steps=1)
+    watched.args.save_steps = 1
+    watched.train()
+    resumed = trainer_of(name, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert steps_of(watched) == steps_of(plain) == steps_of(resumed)
+    for trainer in (watched, resumed):
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights_of(plain).values(), weights_of(trainer).values(), strict=True)
+        )
+
+
 def test_the_best_weights_of_a_schedule_free_run_stay_as_they_are(tmp_path):
     pytest.importorskip("schedulefree")
     trainer = trainer_of(

@@ -56,6 +56,38 @@ def test_lora_plus(tmp_path):
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]} == {1e-3, 16e-3}
 
 
+def rates_of(trainer) -> dict[str, float]:
+    """The rate of each parameter, and 0.0 for those that do not train."""
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    return {name: rates.get(id(parameter), 0.0) for name, parameter in trainer.model.named_parameters()}
+
+
+def test_lora_plus_beside_embeddings_of_their_own_rate(tmp_path):
+    lora = {"modules_to_save": ["embed_tokens"], "use_dora": True}
+    trainer = run(tmp_path, lora=lora, loraplus_lr_ratio=16.0, embedding_lr=1e-6, weight_decay=0.1)
+    kinds = {"lora_A": 1e-3, "lora_B": 16e-3, "magnitude": 16e-3, "modules_to_save": 1e-6}
+    for name, rate in rates_of(trainer).items():
+        assert rate == next((rate for kind, rate in kinds.items() if kind in name), 0.0), name
+
+
+def test_lora_plus_on_embeddings(tmp_path):
+    trainer = run(tmp_path, lora={"target_modules": ["embed_tokens", "q_proj"]}, loraplus_lr_ratio=16.0)
+    assert {rate for name, rate in rates_of(trainer).items() if "lora_embedding_" in name} == {1e-6}
+
+
+def test_the_rate_of_embeddings_by_any_name(tmp_path):
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    trainer = run(tmp_path, architecture="GPT2Config", model_config=shape, embedding_lr=5e-4)
+    rates = rates_of(trainer)
+    assert rates["transformer.wte.weight"] == 5e-4
+    assert rates["transformer.wpe.weight"] == rates["transformer.h.0.attn.c_attn.weight"] == 1e-3
+
+
+def test_a_rate_for_embeddings_that_are_not_trained_is_said(tmp_path, caplog):
+    run(tmp_path, lora={}, embedding_lr_scale=0.1)
+    assert "`embedding_lr_scale` has no effect" in caplog.text
+
+
 def test_an_optimizer_class_with_arguments(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, per_device_train_batch_size=4)
     trainer.optimizer_cls_and_kwargs = (ADOPT, {"lr": 1e-3})

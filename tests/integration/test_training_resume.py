@@ -10,16 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from axolotl.core import checkpoint as checkpoints
 from axolotl.core.checkpoint import check_checkpoint, find_last_whole_checkpoint, list_checkpoints, remove_leftovers
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.exceptions import OutputError, TrainingStopped
+from axolotl.exceptions import CheckpointError, OutputError, TrainingStopped
 from axolotl.utils.callbacks.guards import EarlyStoppingCallback, LossWatchDogCallback, SkipEvalOnResumeCallback
 from tests.integration.training_runs import evaluations_of, make_trainer, run_on_ranks, steps_of, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# transformers holds experts in one parameter, and writes them one by one.
+EXPERTS: dict[str, Any] = {
+    "architecture": "Qwen3MoeConfig",
+    "model_config": {
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "attention_dropout": 0.2,
+    },
+}
 
 # What makes a run, and the steps after which it is stopped: within an epoch of four steps, at its border, after it.
 RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -29,6 +42,7 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "by length": ({"train_sampling_strategy": "group_by_length"}, (3,)),
     "lora": ({"lora": {"lora_dropout": 0.2}, "dataloader_num_workers": 1}, (3,)),
     "evaluations": ({"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, (2, 4)),
+    "experts": (EXPERTS, (3,)),
     "adafactor": ({"optim": "adafactor", "lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2,
                    "lr_scheduler_kwargs": {"num_decay_steps": 2}}, (3,)),
     "schedule free": ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, (3,)),
@@ -49,12 +63,18 @@ def stopped_anywhere(folder: Path, callbacks: Sequence[TrainerCallback] = (), **
     return make_trainer(folder, callbacks=[SkipEvalOnResumeCallback(), *callbacks], **{**common, **args})
 
 
+def mean_loss(trainer: AxolotlTrainer) -> float:
+    """That of the whole run, in its last line."""
+    return trainer.state.log_history[-1]["train_loss"]
+
+
 def same_state(ours: AxolotlTrainer, theirs: AxolotlTrainer) -> None:
     assert steps_of(ours) == steps_of(theirs)
     assert evaluations_of(ours) == evaluations_of(theirs)
     for name in ("global_step", "epoch", "max_steps", "best_metric", "best_global_step", "best_model_checkpoint"):
         assert getattr(ours.state, name) == getattr(theirs.state, name), name
     assert (ours.num_tokens_seen, ours.num_tokens_trained) == (theirs.num_tokens_seen, theirs.num_tokens_trained)
+    assert mean_loss(ours) == mean_loss(theirs)
     for (name, a), b in zip(weights_of(ours).items(), weights_of(theirs).values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -65,8 +85,13 @@ def test_resuming_continues_bit_for_bit(tmp_path, name):
     if name == "schedule free":
         pytest.importorskip("schedulefree")
     whole = stopped_anywhere(tmp_path, **args)
-    whole.train()
+    said = whole.train()
     assert whole.state.global_step > max(steps)
+    assert (
+        said.training_loss
+        == mean_loss(whole)
+        == pytest.approx(sum(loss for loss, _ in steps_of(whole)) / len(steps_of(whole)))
+    )
     for step in steps:
         torch.rand(step)  # what else the process draws must not matter
         resumed = stopped_anywhere(tmp_path, **args)
@@ -105,6 +130,32 @@ def test_resuming_keeps_what_is_known_of_the_best_model(tmp_path):
     assert whole.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-3")
     for step in (3, 4):
         same_state(run(step), whole)
+
+
+def test_the_best_experts_come_with_the_best_model(tmp_path):
+    class Worth(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_worth"] = -abs(state.global_step - 3)
+
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "worth"}
+    trainer = stopped_anywhere(tmp_path, callbacks=[Worth()], **EXPERTS, **best)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "best"))
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "best", tmp_path / "out/checkpoint-3")
+    )
+    assert any(".experts.0." in name for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_with_too_few_weights_is_refused(tmp_path):
+    stopped_anywhere(tmp_path).train()
+    file = tmp_path / "out/checkpoint-3/model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of the model: model\.norm\.weight"):
+        stopped_anywhere(tmp_path).train(resume_from_checkpoint=str(file.parent))
 
 
 def learning_rates(trainer: AxolotlTrainer) -> list[float]:

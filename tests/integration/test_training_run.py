@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
@@ -20,8 +21,10 @@ from axolotl.core.checkpoint import check_checkpoint, find_last_whole_checkpoint
 from axolotl.evaluate import evaluate
 from axolotl.exceptions import CheckpointError, NotBuiltError, OutOfMemoryError, OutputError
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.run.signals import exit_if_signalled, restore_handlers, setup_signal_handler
 from axolotl.train import train
-from tests.tiny import make_tiny_base
+from axolotl.utils.dict import DictDefault
+from tests.tiny import make_tiny_base, make_tiny_llama
 
 
 @pytest.fixture
@@ -93,6 +96,14 @@ def test_a_run_leaves_everything_that_is_needed_to_use_and_repeat_it(config, tmp
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     before = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert metrics["eval_loss"] < before
+
+
+def test_the_chat_template_stands_where_the_config_says(config):
+    cfg = config(tokenizer_save_jinja_files=False, wandb_project=None)
+    run(cfg)
+    for folder in (Path(cfg.output_dir), *Path(cfg.output_dir).glob("checkpoint-*")):
+        assert not (folder / "chat_template.jinja").exists()
+        assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
 
 
 def test_secrets_are_not_saved(config):
@@ -179,19 +190,29 @@ def interfere():
     manager.plugins.update(before)
 
 
-PLAIN_TRAINER = {"trainer_cls": "transformers.Trainer"}
+def test_an_adapter_keeps_its_config_until_there_is_another(config, interfere):
+    """`lora_alpha` of a run that dies must not scale the adapter that was there before."""
+
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise RuntimeError("died")
+
+    cfg = config(**LORA, wandb_project=None)
+    run(cfg)
+    interfere(Dies())
+    with pytest.raises(RuntimeError, match="died"):
+        run(config(**{**LORA, "lora_alpha": 64}, wandb_project=None))
+    assert json.loads((Path(cfg.output_dir) / "adapter_config.json").read_text())["lora_alpha"] == 8
 
 
-@pytest.mark.parametrize(
-    ("number", "keys"), [(signal.SIGINT, {}), (signal.SIGTERM, {}), (signal.SIGTERM, PLAIN_TRAINER)]
-)
-def test_a_signal_saves_and_leaves_with_its_code(config, interfere, number, keys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_with_its_code(config, interfere, number):
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 os.kill(os.getpid(), number)
 
-    cfg = config(max_steps=50, **keys)
+    cfg = config(max_steps=50)
     inherited = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests in the background may ignore it
     interfere(Signal())
     try:
@@ -206,6 +227,27 @@ def test_a_signal_saves_and_leaves_with_its_code(config, interfere, number, keys
     assert last.name == "checkpoint-2"
     assert (Path(cfg.output_dir) / "model.safetensors").is_file()
     assert (Path(cfg.output_dir) / "report.html").is_file()
+
+
+def test_a_signal_also_ends_a_trainer_that_is_not_ours(tmp_path):
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=1)
+    trainer = Trainer(make_tiny_llama(tmp_path / "model"), args, train_dataset=Dataset.from_list(rows))
+    trainer.add_callback(Signal())
+    handlers = setup_signal_handler(DictDefault(output_dir=str(tmp_path)), trainer)
+    try:
+        trainer.train()
+        with pytest.raises(SystemExit) as exit_info:
+            exit_if_signalled(DictDefault(output_dir=str(tmp_path)), trainer)
+    finally:
+        restore_handlers(handlers)
+    assert exit_info.value.code == 128 + signal.SIGUSR1
+    assert find_last_whole_checkpoint(str(tmp_path)).name == "checkpoint-2"
 
 
 def test_out_of_memory_names_the_keys_to_change(config, interfere):

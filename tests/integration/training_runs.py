@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from axolotl.cli.main import main
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.utils.collators.batching import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
+from axolotl.utils.processes import end_with_parent
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 
@@ -69,7 +72,8 @@ def make_trainer(
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **lora))
+        usual = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+        model = get_peft_model(model, LoraConfig(**{**usual, **lora}))
     rows = make_rows() if rows is None else rows
     training_args = AxolotlTrainingArguments(
         **{
@@ -122,6 +126,23 @@ RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload([__name__, "axolotl.cli.preprocess", "axolotl.train", "axolotl.core.builders.causal"])
 
 
+@atexit.register
+def _end_ranks() -> None:
+    """Wait for the end of the process that others are forked from. It takes seconds, in which the tests would leave it behind."""
+    if forkserver._forkserver._forkserver_pid in (None, os.getpid()) or multiprocessing.parent_process() is not None:
+        return
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    forkserver._forkserver._stop()
+
+
+def _become_a_process_of_its_own() -> None:
+    """Do as a process that a launcher starts, but for ending with the tests: its workers are forked from itself."""
+    end_with_parent()
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -135,6 +156,7 @@ def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def _command_line(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], output: Path) -> None:
+    _become_a_process_of_its_own()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
@@ -188,6 +210,7 @@ class CommandLine:
 
 
 def _run_on_rank(function: Callable[[Path], Any], folder: Path, port: int, rank: int, num_ranks: int) -> None:
+    _become_a_process_of_its_own()
     os.environ.update(_rank_environment(rank, num_ranks, port))
     result = json.dumps(function(folder))
     (folder / "result.json").write_text(result)

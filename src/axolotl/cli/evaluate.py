@@ -36,7 +36,7 @@ def do_evaluate(cfg: DictDefault, cli_args: EvaluateCliArgs) -> dict[str, float]
         Metric -> value.
     """
     with importing():
-        from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.common.datasets import check_given_rows, load_datasets, load_preference_datasets
         from axolotl.evaluate import check_trained_result, evaluate
         from axolotl.integrations.base import PluginManager
 
@@ -46,6 +46,8 @@ def do_evaluate(cfg: DictDefault, cli_args: EvaluateCliArgs) -> dict[str, float]
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets
         dataset_meta = load(cfg=cfg, cli_args=cli_args)
+    else:
+        check_given_rows(cfg=cfg, dataset_meta=dataset_meta)
     return evaluate(cfg=cfg, dataset_meta=dataset_meta)
 
 

@@ -26,6 +26,7 @@ from axolotl.utils.logging import get_logger
 LOG = get_logger(__name__)
 
 DEFAULT_OUTPUT_DIR = "./model-out"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -64,17 +65,19 @@ def choose_source(cfg: DictDefault, *, lora_model_dir: str | None = None, base_m
     output = Path(cfg.output_dir or DEFAULT_OUTPUT_DIR)
     if lora_model_dir:
         if Path(lora_model_dir).is_dir() and not _has_adapter(Path(lora_model_dir)):
-            raise ModelError(f"`--lora-model-dir {lora_model_dir}` holds no adapter (no adapter_config.json).")
+            raise ModelError(
+                f"`--lora-model-dir {lora_model_dir}` holds no adapter (adapter_config.json and adapter_model.safetensors)."
+            )
         base = base_model or cfg.base_model
         return Source(base, lora_model_dir, f"the adapter {lora_model_dir} on {base}")
     if base_model:
         return Source(base_model, None, f"the model {base_model}")
     if cfg.adapter and _has_adapter(output):
         return Source(cfg.base_model, str(output), f"the adapter {output} on {cfg.base_model}")
-    if _has_model(output / "merged"):
-        return Source(str(output / "merged"), None, f"the merged model {output / 'merged'}")
     if not cfg.adapter and _has_model(output):
         return Source(str(output), None, f"the trained model {output}")
+    if _has_model(output / "merged"):
+        return Source(str(output / "merged"), None, f"the merged model {output / 'merged'}")
     checkpoint = find_last_whole_checkpoint(str(output)) if output.is_dir() else None
     if checkpoint and cfg.adapter and _has_adapter(Path(checkpoint)):
         return Source(cfg.base_model, str(checkpoint), f"the adapter of the unfinished run, {checkpoint}")
@@ -86,7 +89,8 @@ def choose_source(cfg: DictDefault, *, lora_model_dir: str | None = None, base_m
 
 
 def _has_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    """A run writes the config of its adapter at the beginning, and the adapter at the end."""
+    return (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in ADAPTER_FILES)
 
 
 def _has_model(folder: Path) -> bool:

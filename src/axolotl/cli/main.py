@@ -6,7 +6,6 @@ command is named on the command line.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ import click
 
 from axolotl import __version__
 from axolotl._lazy import lazy_names
+from axolotl.exceptions import NotBuiltError, did_you_mean
 from axolotl.utils.garbage import end_process, own_process
 
 # Name -> ("module:attribute", the line that `axolotl --help` shows).
@@ -53,8 +53,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         name = cmd_name.replace("_", "-")
         if name in COMMANDS:
-            module, _, attribute = COMMANDS[name][0].partition(":")
-            return getattr(importlib.import_module(module), attribute)
+            from pkgutil import resolve_name  # not for `--help`
+
+            return resolve_name(COMMANDS[name][0])
         plugins = _plugin_commands()
         if cmd_name in plugins:
             return plugins[cmd_name].load()
@@ -64,10 +65,7 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else " `axolotl --help` lists the commands."
+            hint = did_you_mean(name, self.list_commands(ctx)) or " `axolotl --help` lists the commands."
             raise click.UsageError(f"No such command `{name}`.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -114,8 +112,6 @@ def _refuse_if_not_built(name: str) -> None:
     from axolotl._not_built import COMMANDS_NOT_BUILT
 
     if name in COMMANDS_NOT_BUILT:
-        from axolotl.exceptions import NotBuiltError
-
         raise NotBuiltError(
             f"`axolotl {name}` is known but not implemented here yet. {COMMANDS_NOT_BUILT[name]}".rstrip()
         )

@@ -39,7 +39,7 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
         cli_args: Training-specific CLI arguments.
     """
     with importing():
-        from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.common.datasets import check_given_rows, load_datasets, load_preference_datasets
         from axolotl.integrations.base import PluginManager
         from axolotl.train import train
         from axolotl.utils.callbacks.trackers import check_trackers
@@ -55,6 +55,8 @@ def do_train(cfg: DictDefault, cli_args: TrainerCliArgs) -> None:
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets
         dataset_meta = load(cfg=cfg, cli_args=cli_args)
+    else:
+        check_given_rows(cfg=cfg, dataset_meta=dataset_meta)
 
     if get_rank() == 0:
         warn_of_memory(cfg, dataset_meta.train_dataset)

@@ -30,6 +30,8 @@ SAVED_CONFIG = "axolotl_config.yaml"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(?:checkpoint-\d+|model)\.(writing|replaced)")
 _MODEL_ASIDE = ".model.writing"
+_WEIGHTS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def aside_path(output_dir: str | Path, step: int) -> Path:
@@ -43,12 +45,34 @@ def checkpoint_path(output_dir: str | Path, step: int) -> Path:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders named `checkpoint-<step>`, lowest step first, whole or not."""
+    """Folders named `checkpoint-<step>`, the last saved one last, whole or not.
+
+    That is not always the one of the highest step: a run that begins anew in the folder of an earlier one, or goes on from a
+    checkpoint before the last, stays behind it for a while. Those that do not say when they were saved are the oldest.
+    """
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
-    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
+    found = {p: int(m[1]) for p in output_dir.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()}
+    orders = {path: _read_order(path) for path in found}
+
+    def place(path: Path) -> tuple[int, int]:
+        order = orders[path]
+        if order is None:  # a marker that cannot be read: as if saved after the steps before it
+            order = max((other for p, other in orders.items() if other and found[p] < found[path]), default=0)
+        return order, found[path]
+
+    return sorted(found, key=place)
+
+
+def _read_order(folder: Path) -> int | None:
+    """The number of a checkpoint among all that were saved to its folder; 0 when it has none, None when unreadable."""
+    try:
+        return int(json.loads((folder / MARKER).read_text(encoding="utf-8")).get("order", 0))
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def seal_checkpoint(folder: Path, final: Path) -> None:
@@ -63,7 +87,8 @@ def seal_checkpoint(folder: Path, final: Path) -> None:
         _sync(folder / name)
     digests = {name: digest_file(folder / name) for name in files}
     marker = folder / MARKER
-    contents = {"files": files, "algorithm": ALGORITHM, "digests": digests}
+    order = 1 + max((_read_order(path) or 0 for path in list_checkpoints(final.parent)), default=0)
+    contents = {"files": files, "algorithm": ALGORITHM, "digests": digests, "order": order}
     marker.write_text(json.dumps(contents, indent=1), encoding="utf-8")
     _sync(marker)
     for sub in (path for path in folder.rglob("*") if path.is_dir()):
@@ -94,6 +119,7 @@ def model_aside(output_dir: str | Path, *, owner: bool = True) -> Iterator[Path]
         files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
         for path in files:
             _sync(path)
+        _clear_earlier_model(Path(output_dir), {path.name for path in files})
         for path in files:
             target = Path(output_dir) / path.relative_to(aside)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +128,33 @@ def model_aside(output_dir: str | Path, *, owner: bool = True) -> Iterator[Path]
     finally:
         if owner:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a trained model or adapter lies in a folder."""
+    return any(_WEIGHTS.fullmatch(path.name) for path in Path(folder).iterdir())
+
+
+def _clear_earlier_model(output_dir: Path, new: set[str]) -> None:
+    """Take away what would be loaded instead of a new model, or on top of it.
+
+    Whole weights go before shards, and shards before others, so that files of an earlier run that the new one does not replace
+    are removed. An adapter of an earlier run is put in a folder of its own: libraries load its base model where they find it.
+    """
+    kinds = {match[1] for name in new if (match := _WEIGHTS.fullmatch(name))}
+    for path in list(output_dir.iterdir()):
+        match = _WEIGHTS.fullmatch(path.name)
+        if match and match[1] in kinds and path.name not in new:
+            path.unlink()
+    if "model" in kinds and _ADAPTER_CONFIG not in new and (output_dir / _ADAPTER_CONFIG).is_file():
+        kept = output_dir / "earlier-adapter"
+        kept.mkdir(exist_ok=True)
+        for path in output_dir.glob("adapter_*"):
+            os.replace(path, kept / path.name)
+        LOG.warning(
+            f"{output_dir} held the adapter of an earlier run, which would be loaded instead of the model that was trained now. "
+            f"It is in {kept}."
+        )
 
 
 def check_checkpoint(folder: str | Path, *, content: bool = False) -> None:
@@ -173,7 +226,7 @@ def is_whole(folder: str | Path) -> bool:
 def find_last_whole_checkpoint(
     output_dir: str | Path, *, before: int | None = None, content: bool = False
 ) -> Path | None:
-    """The whole checkpoint with the highest step, or None. Broken ones on the way are warned about.
+    """The whole checkpoint that was saved last, or None. Broken ones on the way are warned about.
 
     Args:
         output_dir: folder of the run.
@@ -283,7 +336,7 @@ def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: str 
     protected = {whole[-1].resolve()}
     if keep is not None:
         protected.add(Path(keep).resolve())
-    broken = [path for path in checkpoints if path not in whole and step_of(path) < step_of(whole[-1])]
+    broken = [path for path in checkpoints[: checkpoints.index(whole[-1])] if path not in whole]
     spare = [path for path in whole if path.resolve() not in protected]
     excess = len(whole) - max(limit, len(protected))
     for path in broken + spare[: max(excess, 0)]:

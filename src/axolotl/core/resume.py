@@ -1,4 +1,4 @@
-"""What has changed between the run that saved a checkpoint and the run that goes on from it."""
+"""What has changed between the run that saved a checkpoint and the run that goes on from it, or begins in its folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from axolotl.core.checkpoint import SAVED_CONFIG, read_run_state
+from axolotl.core.checkpoint import SAVED_CONFIG, list_checkpoints, read_run_state, step_of
 
 # Keys that do not change what is computed: where things go, how often something is said, how fast it runs.
 NO_MATTER = frozenset(
@@ -60,6 +60,24 @@ def changes_since(checkpoint: str | Path, config_yaml: str, world_size: int) -> 
             sentence += ", but the optimizer and the scheduler go on with the value of the checkpoint"
         said.append(sentence)
     return said
+
+
+def later_checkpoints(output_dir: str | Path, checkpoint: str | Path | None) -> str | None:
+    """A sentence about checkpoints that this run, which begins before them, did not make; None when there are none.
+
+    Args:
+        output_dir: folder of the run.
+        checkpoint: the one to resume from, or None.
+    """
+    start = 0 if checkpoint is None else step_of(checkpoint)
+    later = [path for path in list_checkpoints(output_dir) if step_of(path) > start]
+    if not later:
+        return None
+    names = later[-1].name if len(later) == 1 else f"{len(later)} checkpoints, the last of them {later[-1].name},"
+    begins = "starts at the beginning" if checkpoint is None else f"goes on from {Path(checkpoint).name}"
+    said = f"{output_dir} holds {names} of an earlier run. This one {begins}: it replaces what has the same step, and "
+    said += "`save_total_limit` removes the oldest first."
+    return said if checkpoint else f"{said} `auto_resume_from_checkpoints: true` would have gone on with that run."
 
 
 def _processes(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
-from axolotl.exceptions import ConfigError, ModelError
+from axolotl.exceptions import ConfigError, ModelError, first_line
 from axolotl.model_support import read_model_support
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -46,9 +47,16 @@ def read_revision(cfg: DictDefault, source: str) -> str | None:
 
 
 def read_base_model(cfg: DictDefault) -> str:
-    """The base model to load: that of `base_model`, or the one that ReLoRA left beside the adapter of `lora_model_dir`."""
+    """The base model to load: that of `base_model`, or the one that ReLoRA left beside the adapter of `lora_model_dir`.
+
+    The adapter's config tells whether it is of ReLoRA: the folder may be left over from an earlier run.
+    """
     merged = Path(cfg.lora_model_dir) / "relora" if cfg.lora_model_dir else None
     if merged is None or not merged.is_dir():
+        return str(cfg.base_model)
+    config = merged.with_name("adapter_config.json")
+    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    if named is not None and Path(named).name != merged.name:
         return str(cfg.base_model)
     note_choice(cfg, "base_model", str(merged), "the adapter in `lora_model_dir` was trained on it, by ReLoRA")
     return str(merged)
@@ -77,7 +85,7 @@ def explain_load_error(source: str, key: str, error: Exception) -> ModelError:
             "`trust_remote_code: true`."
         )
     return ModelError(
-        f"`{key}: {source}` is not a folder here and could not be read from the Hugging Face hub: {_first_line(error)} "
+        f"`{key}: {source}` is not a folder here and could not be read from the Hugging Face hub: {first_line(error)} "
         "Check the name, the network and your login (`hf auth login`), or write the path of a local folder."
     )
 
@@ -101,18 +109,13 @@ def _explain_bad_folder(path: Path, source: str, key: str, error: Exception) -> 
         )
     if isinstance(error, SafetensorError):
         return ModelError(
-            f"`{key}: {source}`: a file with weights is damaged or cut short ({_first_line(error)}). Copy or download the "
+            f"`{key}: {source}`: a file with weights is damaged or cut short ({first_line(error)}). Copy or download the "
             "model again."
         )
     if isinstance(error, StrictDataclassError):
         # Two lines: which check failed, and what it found.
         return ModelError(f"`{key}: {source}` has a config.json that is wrong: {' '.join(str(error).split())}")
-    return ModelError(f"`{key}: {source}` cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return ModelError(f"`{key}: {source}` cannot be loaded: {first_line(error)}")
 
 
 def plain_model(model: Any) -> Any:

@@ -12,28 +12,26 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch._dynamo.config
 import torch._functorch.config
-from peft import PeftModel
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from axolotl.exceptions import first_line
 from axolotl.kernels.lora_ops import RECOMPUTED
+from axolotl.loaders.utils import plain_model
 from axolotl.monkeypatch.attention.documents import mark_used
 from axolotl.monkeypatch.gradient_checkpointing.install import Offloaded, OffloadedCheckpoint, Store, weight_storages
 from axolotl.monkeypatch.lora_kernels import get_layers
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schemas.validation.common import LORA_KERNELS
-
-if TYPE_CHECKING:
-    from axolotl.monkeypatch.layer_graphs import LayerGraphs
 
 LOG = get_logger(__name__)
 
@@ -53,6 +51,18 @@ def _is_plain_checkpoint(function: Any) -> bool:
     return plain and function.keywords.get("use_reentrant") is False
 
 
+class Recorder(Protocol):
+    """Records what the compiled layers of one model launch, and replays it: `axolotl.monkeypatch.layer_graphs.LayerGraphs`."""
+
+    def run(self, index: int, layer: Callable[..., Any], hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The output of layer `index`, which `layer` computes from `hidden`, (B, T, H), and keywords."""
+        ...
+
+    def make_room(self) -> None:
+        """Called before a pass that is not recorded and may need the memory."""
+        ...
+
+
 class CompiledForward:
     """The forward of one layer: compiled where a gradient will be taken, else as it was.
 
@@ -68,7 +78,7 @@ class CompiledForward:
     def __init__(self, layer: nn.Module, options: dict[str, Any], *, may_fall_back: bool):
         self.plain: Callable[..., Any] = layer.forward
         self.may_fall_back = may_fall_back
-        self.graphs: tuple[LayerGraphs, int] | None = None
+        self.graphs: tuple[Recorder, int] | None = None
         self._layer: Any = layer
         self._failed = False
         own: Any = type(layer).forward
@@ -144,7 +154,7 @@ class CompiledForward:
             return compiled(*args, **kwargs)
         except TorchDynamoException as error:
             LOG.warning_once(
-                f"The layers could not be compiled and run as they are: {str(error).strip().splitlines()[0]} "
+                f"The layers could not be compiled and run as they are: {first_line(error)} "
                 "Write `torch_compile: false` to skip the attempt."
             )
             self._failed = True
@@ -154,10 +164,10 @@ class CompiledForward:
 def compile_layers(
     model: nn.Module, options: dict[str, Any] | None = None, *, may_fall_back: bool = False
 ) -> list[nn.Module]:
-    """Compile the forward of every decoder layer, at its first use.
+    """Compile the forward of every decoder layer and of the norm after the last, at its first use.
 
     Args:
-        model: a model of transformers, or a peft model around one. Changed in place: the layers' `forward`, on the instance.
+        model: a model of transformers, or a peft model around one. Changed in place: their `forward`, on the instance.
         options: keyword arguments of `torch.compile`.
         may_fall_back: see `CompiledForward`.
 
@@ -169,14 +179,23 @@ def compile_layers(
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     layers = get_layers(model)
-    for layer in layers:
-        if not isinstance(layer.__dict__.get("forward"), CompiledForward):
-            layer.forward = CompiledForward(layer, options or {}, may_fall_back=may_fall_back)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in (*layers, *_final_norms(model)):
+        if not isinstance(module.__dict__.get("forward"), CompiledForward):
+            module.forward = CompiledForward(module, options or {}, may_fall_back=may_fall_back)
+    base = plain_model(model)
     method = base._set_gradient_checkpointing
     if "__call__" in vars(GradientCheckpointingLayer) and not _is_switch(method):
         base._set_gradient_checkpointing = functools.partial(_switch_checkpointing, base, method)
     return layers
+
+
+def _final_norms(model: nn.Module) -> list[nn.Module]:
+    """The norm that follows the last layer, which no layer's graph can hold; run as it is, it is a dozen passes over the states."""
+    layers = set(get_layers(model))
+    decoders = [
+        module for module in model.modules() if any(layers & set(child.children()) for child in module.children())
+    ]
+    return [child for decoder in decoders for child in decoder.children() if type(child).__name__.endswith("RMSNorm")]
 
 
 def _is_switch(method: Any) -> bool:
@@ -197,10 +216,10 @@ def _switch_checkpointing(model: nn.Module, original: Callable[..., None], *args
 
 def uncompile_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
-    for layer in get_layers(model):
-        if isinstance(layer.__dict__.get("forward"), CompiledForward):
-            del layer.forward
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in (*get_layers(model), *_final_norms(model)):
+        if isinstance(module.__dict__.get("forward"), CompiledForward):
+            del module.forward
+    base = plain_model(model)
     method = vars(base).get("_set_gradient_checkpointing")
     if _is_switch(method):
         base._set_gradient_checkpointing = method.args[1]

@@ -19,6 +19,7 @@ from axolotl.utils.environment import find_device_type
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.geometry import is_varlen
 from axolotl.utils.schedulers import Schedule
+from axolotl.utils.schemas.validation.common import is_multiple
 
 LOG = get_logger(__name__)
 
@@ -81,6 +82,9 @@ OWN_SAME_NAME = (
     "sample_packing_group_size",
     "sample_packing_mp_start_method",
 )
+
+# Metrics of an evaluation of which transformers thinks that a higher value is better, because they are not called a loss.
+LOWER_IS_BETTER = ("ppl", "perplexity", "ter")
 
 
 def read_warmup_steps(cfg: DictDefault, total_num_steps: int | None) -> int | float:
@@ -150,11 +154,23 @@ def read_eval_args(cfg: DictDefault, has_eval_set: bool) -> dict[str, Any]:
     args["eval_on_start"] = args["eval_strategy"] != "no"
     if args["eval_strategy"] != "no":
         args["load_best_model_at_end"] = bool(cfg.load_best_model_at_end) or bool(
-            cfg.early_stopping_patience and cfg.save_steps and cfg.eval_steps and cfg.save_steps % cfg.eval_steps == 0
+            cfg.early_stopping_patience
+            and cfg.save_steps
+            and cfg.eval_steps
+            and is_multiple(cfg.save_steps, cfg.eval_steps)
         )
         if (cfg.early_stopping_patience or args["load_best_model_at_end"]) and not cfg.metric_for_best_model:
             args["metric_for_best_model"] = "loss"
     return args
+
+
+def read_best_args(cfg: DictDefault) -> dict[str, Any]:
+    """Which way the metric of the best model goes, where its name does not tell transformers."""
+    metric = cfg.metric_for_best_model
+    if metric is None or cfg.greater_is_better is not None or metric.removeprefix("eval_") not in LOWER_IS_BETTER:
+        return {}
+    note_choice(cfg, "greater_is_better", False, f"a lower `{metric}` is better")
+    return {"greater_is_better": False}
 
 
 def check_best_model(cfg: DictDefault) -> None:

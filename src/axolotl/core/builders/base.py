@@ -100,6 +100,7 @@ class TrainerBuilderBase(abc.ABC):
             read.read_save_args(cfg),
             read.read_watch_args(cfg),
             read.read_eval_args(cfg, self.eval_dataset is not None),
+            read.read_best_args(cfg),
             read.read_precision_args(cfg),
             read.read_checkpointing_args(cfg),
             read.read_hub_args(cfg),
@@ -140,15 +141,19 @@ class TrainerBuilderBase(abc.ABC):
 
     def read_trainer_cls(self, default: type) -> type:
         """The trainer class: `trainer_cls` of the config, else a plugin's, else the default."""
-        if self.cfg.trainer_cls:
-            chosen = _import_class(self.cfg.trainer_cls)
-            if not (isinstance(chosen, type) and issubclass(chosen, Trainer)):
-                raise ConfigError(
-                    f"`trainer_cls: {self.cfg.trainer_cls}` is no trainer: it must inherit from `transformers.Trainer`, best from "
-                    "`axolotl.core.trainers.base.AxolotlTrainer`."
-                )
-            return chosen
-        return PluginManager.get_instance().get_trainer_cls(self.cfg) or default
+        written = self.cfg.trainer_cls
+        chosen = _import_class(written) if written else PluginManager.get_instance().get_trainer_cls(self.cfg)
+        if chosen is None:
+            return default
+        if not (isinstance(chosen, type) and issubclass(chosen, Trainer)):
+            said = (
+                f"`trainer_cls: {written}`" if written else f"`get_trainer_cls` of a plugin gives `{chosen!r}`, which"
+            )
+            raise ConfigError(
+                f"{said} is no trainer: it must inherit from `transformers.Trainer`, best from "
+                "`axolotl.core.trainers.base.AxolotlTrainer`."
+            )
+        return chosen
 
     def create_trainer(self, trainer_cls: type, trainer_kwargs: dict[str, Any]) -> Trainer:
         """Make the trainer and everything that needs it: hooks, plugins, late callbacks."""

@@ -118,6 +118,19 @@ def test_evaluation():
         DictDefault(eval_steps=5, save_steps=10, early_stopping_patience=2), has_eval_set=True
     )
     assert (stopping["load_best_model_at_end"], stopping["metric_for_best_model"]) == (True, "loss")
+    shares = DictDefault(eval_steps=0.1, save_steps=0.3, early_stopping_patience=2)
+    assert read.read_eval_args(shares, has_eval_set=True)["load_best_model_at_end"] is True
+
+
+@pytest.mark.parametrize(
+    "metric, wanted",
+    [("eval_ppl", {"greater_is_better": False}), ("ter", {"greater_is_better": False}), ("eval_chrf", {}), (None, {})],
+)
+def test_the_lowest_perplexity_is_the_best(metric, wanted):
+    cfg = DictDefault(metric_for_best_model=metric)
+    assert read.read_best_args(cfg) == wanted
+    assert [choice["key"] for choice in cfg.resolution or []] == list(wanted)
+    assert read.read_best_args(DictDefault(metric_for_best_model=metric, greater_is_better=True)) == {}
 
 
 def test_trackers():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import Trainer
 
 from axolotl.core.builders.arguments import read_loss_args
 from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.core.trainers.adopted import adopt_trainer_cls, check_is_set_up, own_batches, path_of
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes, what_would_help
 from axolotl.core.trainers.causal_loss import find_output_head, is_causal_lm
@@ -17,9 +17,12 @@ from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.exceptions import NotBuiltError, OutOfMemoryError
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders.utils import plain_model
-from axolotl.utils.collators.build import build_collator
+from axolotl.utils.collators.build import build_collator, is_packed
 from axolotl.utils.data.streaming import is_streamed
 from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 # Keys that ask for what the fused linear cross-entropy is.
 SAME_LOSS = (
@@ -46,10 +49,10 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             raise NotBuiltError("`reward_model` and `process_reward_model` are not implemented yet.")
         kwargs = self.read_base_training_args(total_num_steps)
         kwargs["model_type"] = cfg.model_config_type
-        self._note_loss()
+        trainer_cls = self._adopt(self.read_trainer_cls(AxolotlTrainer))
+        self._note_loss(trainer_cls)
         kwargs.update(read_loss_args(cfg))
         args = self.build_training_args(AxolotlTrainingArguments, kwargs)
-        trainer_cls = self.read_trainer_cls(AxolotlTrainer)
         trainer_kwargs: dict[str, Any] = {
             "model": self.model,
             "args": args,
@@ -60,13 +63,45 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
             "callbacks": self.get_callbacks(),
             "optimizer_cls_and_kwargs": self.read_optimizer_cls_and_kwargs(args),
         }
-        if "eval_data_collator" in inspect.signature(trainer_cls.__init__).parameters:
-            trainer_kwargs["eval_data_collator"] = self.build_collator(args, is_eval=True)
-            trainer_kwargs["dataset_tags"] = [d.path for d in cfg.datasets or [] if is_hub_name(d.path)]
         return self.create_trainer(trainer_cls, trainer_kwargs)
 
-    def _note_loss(self) -> None:
+    def hook_post_create_trainer(self, trainer: Trainer) -> Trainer:
+        """Give the trainer what a constructor that somebody else wrote may not take."""
+        check_is_set_up(trainer)
+        if isinstance(trainer, AxolotlTrainer):
+            trainer.eval_data_collator = self.build_collator(trainer.args, is_eval=True)
+            trainer.dataset_tags = [d.path for d in self.cfg.datasets or [] if is_hub_name(d.path)]
+        return super().hook_post_create_trainer(trainer)
+
+    def _adopt(self, trainer_cls: type[Trainer]) -> type[AxolotlTrainer]:
+        """The trainer class with ours under it, and what there is to say about it."""
+        adopted = adopt_trainer_cls(trainer_cls)
+        if adopted is not trainer_cls:
+            note_choice(
+                self.cfg,
+                "trainer class",
+                path_of(trainer_cls),
+                "inherits from `AxolotlTrainer` for this run, so that packing, the optimizer and other keys hold; what the class "
+                "overrides wins",
+            )
+        for method, is_eval in (("get_train_dataloader", False), ("get_eval_dataloader", True)):
+            if is_packed(self.cfg, is_eval) and own_batches(trainer_cls, method):
+                key = (
+                    "eval_sample_packing" if is_eval and self.cfg.eval_sample_packing is not None else "sample_packing"
+                )
+                LOG.warning(
+                    f"`{key}: true`: `{path_of(trainer_cls)}` makes its own batches in `{method}`. They are packed only if it takes "
+                    f"them from `super().{method}()`."
+                )
+        return adopted
+
+    def _note_loss(self, trainer_cls: type[AxolotlTrainer]) -> None:
         """Record which loss it will be, as far as it can be told without running the model."""
+        if trainer_cls.compute_loss is not AxolotlTrainer.compute_loss:
+            note_choice(
+                self.cfg, "loss", f"{path_of(trainer_cls)}.compute_loss", "the trainer class has one of its own"
+            )
+            return
         base = plain_model(self.model)
         if is_causal_lm(base):
             found = find_output_head(base)

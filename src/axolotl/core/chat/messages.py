@@ -1,4 +1,4 @@
-"""internal message representations of chat messages
+"""Messages of a conversation, and how they become tokens and labels.
 
 A conversation is a list of messages, a message a list of parts. A part is trained when its weight, or else that of its
 message, or else that of its role (assistant: 1, others: 0) is above zero. The text of a conversation is tokenized as a

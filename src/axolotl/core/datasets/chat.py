@@ -1,4 +1,4 @@
-"""Tokenized chat dataset"""
+"""Rows that are conversations, tokenized as messages in the format of a model."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from datasets.utils import tqdm
 
 from axolotl.exceptions import DatasetError
 from axolotl.utils.garbage import collecting_only_new
+from axolotl.utils.processes import end_with_parent
 from axolotl.utils.temporary import temporary_folder
 
 BLOCK_ROWS = 1000
@@ -221,11 +222,9 @@ def _work(dataset: Dataset, convert: Convert, parts: Mapping[Path, range], numbe
         sender: the pipe to the parent.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    parent = os.getppid()
+    end_with_parent()
 
     def told(block_rows: dict[str, list], numbers: list[int]) -> Mapping[str, Any]:
-        if os.getppid() != parent:
-            os._exit(1)  # the parent was killed: nobody waits for these rows
         block = convert(block_rows, numbers)
         sender.send(len(numbers))
         return block

@@ -60,6 +60,7 @@ class AxolotlTrainer(
             "_save",
             "_save_checkpoint",
             "_load_from_checkpoint",
+            "_issue_warnings_after_load",
         ),
         "TokenLossMixin": (
             "get_batch_samples",
@@ -68,10 +69,19 @@ class AxolotlTrainer(
             "prediction_step",
             "evaluation_loop",
         ),
-        "AxolotlTrainer": ("log", "evaluate", "push_to_hub", "create_model_card", "_run_epoch", "_get_grad_norm"),
+        "AxolotlTrainer": (
+            "log",
+            "evaluate",
+            "push_to_hub",
+            "create_model_card",
+            "floating_point_ops",
+            "_run_epoch",
+            "_get_grad_norm",
+        ),
     }
 
     tag_names = ("axolotl",)
+    is_set_up = False  # becomes True in the constructor, which a class that inherits from this one may pass by
 
     def __init__(
         self,
@@ -97,7 +107,9 @@ class AxolotlTrainer(
         super().__init__(*_args, **kwargs)
         self.add_callback(StepWatch(self))
         self._flops_per_token = flops_per_token(self.model)
+        self._flos_per_token: int | None = None  # what `Trainer.floating_point_ops` counts
         self._peak_flops = peak_flops(self.args.device)
+        self.is_set_up = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` on the objects that watch training, with stored metrics, token counts and memory.
@@ -109,6 +121,8 @@ class AxolotlTrainer(
         train_eval = "train" if "loss" in logs else "eval"
         if train_eval == "train":
             self._add_train_metrics(logs)
+        if self.owns_loss and "train_loss" in logs and (mean := self.take_run_loss()) is not None:
+            logs["train_loss"] = mean  # that of transformers knows nothing of the steps before a resume
         if self.args.include_tokens_per_second and "train_runtime" in logs:
             logs["train_tokens_per_second"] = round(self.num_tokens_this_session / logs["train_runtime"], 3)
         if "eval_loss" in logs:
@@ -175,6 +189,15 @@ class AxolotlTrainer(
                 raise ValueError(f"Unknown reduction {how!r} for metric {key!r}. One of: {', '.join(REDUCTIONS)}.")
             stored = self._stored_metrics[train_eval].setdefault(key, {"values": [], "reduction": how})
             stored["values"].append(value.item() if torch.is_tensor(value) else value)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """`Trainer.floating_point_ops`, which walks through all parameters for each micro-batch: milliseconds of a large model."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if tokens is None or not tokens.numel():
+            return super().floating_point_ops(inputs)
+        if self._flos_per_token is None:
+            self._flos_per_token = super().floating_point_ops(inputs) // tokens.numel()
+        return self._flos_per_token * tokens.numel()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer._run_epoch`, unless the run is over: one that had ended and is resumed would take one more step."""

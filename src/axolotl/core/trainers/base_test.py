@@ -11,6 +11,7 @@ from transformers import Trainer
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.causal_loss import perplexity
 from axolotl.core.trainers.utils import sanitize_kwargs_for_tagging
+from axolotl.utils.processes import init_worker
 from tests.integration.training_runs import make_trainer
 
 
@@ -66,3 +67,33 @@ def test_tags_are_added_to_the_given_ones():
 
 def test_perplexity_of_a_huge_loss_is_infinite():
     assert perplexity(1e9) == math.inf
+
+
+def test_workers_of_its_loaders_end_with_the_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, dataloader_num_workers=1)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.worker_init_fn.func is init_worker
+
+
+def test_flos_are_those_of_transformers(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for shape in ((2, 7), (1, 16)):
+        batch = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+    assert trainer.floating_point_ops({"labels": torch.zeros(1)}) == 0
+
+
+def test_models_are_not_given_masks_that_mask_nothing(tmp_path):
+    ids = torch.arange(3, 27).reshape(2, 12)
+    full = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {**full, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    padded["attention_mask"][1, 8:] = 0
+    padded["labels"][1, 8:] = -100
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=2)
+    with_mask = trainer.compute_loss(trainer.model, full, num_items_in_batch=100).item()
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda *call: seen.append(call[2].get("attention_mask")), with_kwargs=True)
+    batches, _ = trainer.get_batch_samples(iter([full, padded]), 2, torch.device("cpu"))
+    losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=100).item() for batch in batches]
+    assert seen[0] is None and seen[1] is padded["attention_mask"]
+    assert losses[0] == pytest.approx(with_mask)

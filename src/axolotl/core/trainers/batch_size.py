@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
 
 from axolotl.core.trainers.utils import kept_modes, kept_random_state
 from axolotl.utils.data.bins import BinDataset
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.distributed import gather_on_all_ranks
 from axolotl.utils.forecast import FRAGMENTATION, OPTIMIZER_BYTES
 from axolotl.utils.samplers.utils import get_dataset_lengths
 
@@ -64,21 +64,18 @@ def fits_in_memory(trainer: Any, optimizer: str) -> bool:
         trainer: a trainer that has not begun to train.
         optimizer: the key `optimizer`, for the size of its state; unknown ones are counted as Adam.
     """
-    fits = _try(trainer, optimizer)
+    fits = _passes_fit(trainer, optimizer)
     # The traceback of an error, which holds the activations, is gone here.
     trainer.model.zero_grad(set_to_none=True)
     gc.collect()
     if trainer.args.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if trainer.args.world_size > 1:
-        answers: list[Any] = [None] * trainer.args.world_size
-        dist.all_gather_object(answers, fits)
-        return all(answers)
-    return fits
+    return all(gather_on_all_ranks(fits))
 
 
-def _try(trainer: Any, optimizer: str) -> bool:
+def _passes_fit(trainer: Any, optimizer: str) -> bool:
+    """Whether the two passes of `fits_in_memory` run on this rank."""
     model, device = trainer.model, trainer.args.device
     try:
         reserve = torch.empty(reserved_bytes(trainer, optimizer), dtype=torch.uint8, device=device)

@@ -12,16 +12,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 
 from axolotl.exceptions import TrainingStopped
+from axolotl.utils.distributed import gather_on_all_ranks
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers.utils import get_dataset_lengths
 
 LOG = get_logger(__name__)
 
-POLICIES = ("skip", "stop", "raise")
 MAX_ROWS = 8  # rows that a message names per rank
 MAX_CANDIDATES = 4096  # rows of the same length that are compared with one of the batch
 TEXT_LENGTH = 60  # characters shown of a row
@@ -143,10 +142,7 @@ class NonFiniteGuard:
         rows = describe_rows(
             guilty or ([] if bad_loss else trainer.step_batches), trainer.train_dataset, trainer.processing_class
         )
-        of_rank = [(sum(losses), rows)]
-        if trainer.args.world_size > 1:
-            of_rank = [of_rank[0]] * trainer.args.world_size
-            dist.all_gather_object(of_rank, (sum(losses), rows))
+        of_rank = gather_on_all_ranks((sum(losses), rows))
         bad = [rank for rank, (loss, _) in enumerate(of_rank) if not np.isfinite(loss)]
         step = trainer.state.global_step + 1
         what = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -36,9 +36,14 @@ class LISACallback(TrainerCallback):
         self.step_interval = step_interval
         self.layers_attribute = layers_attribute or "model.layers"
         layers = find_layers(trainer.model, self.layers_attribute)
-        if n_layers > len(layers):
-            raise ConfigError(f"`lisa_n_layers: {n_layers}` is more than the {len(layers)} layers of the model.")
-        self.layers = [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
+        trained = [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
+        self.layers = {index: parameters for index, parameters in enumerate(trained) if parameters}
+        if n_layers > len(self.layers):
+            frozen = len(layers) - len(self.layers)
+            raise ConfigError(
+                f"`lisa_n_layers: {n_layers}` is more than the {len(self.layers)} layers "
+                + (f"that are not frozen from the start, as {frozen} are." if frozen else "of the model.")
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the draw that a resumed run was in."""
@@ -50,7 +55,7 @@ class LISACallback(TrainerCallback):
             self.switch_active_layers(args.seed, state.global_step, kwargs.get("optimizer"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._train(range(len(self.layers)))
+        self._train(self.layers)
 
     def last_draw(self, step: int) -> int:
         """The latest step up to `step` at which layers are drawn."""
@@ -58,17 +63,21 @@ class LISACallback(TrainerCallback):
 
     def switch_active_layers(self, seed: int, step: int, optimizer: Any = None) -> None:
         """Draw the active layers of a step. The draw follows from seed and step: a resumed run draws the same."""
-        draw = np.random.default_rng((seed, step)).choice(len(self.layers), self.n_layers, replace=False)
+        draw = np.random.default_rng((seed, step)).choice(list(self.layers), self.n_layers, replace=False)
         active = sorted(draw.tolist())
         self._train(active)
         if optimizer is not None:
-            for index, layer in enumerate(self.layers):
+            rest = getattr(optimizer, "eval", None)
+            if rest is not None:
+                rest()  # a schedule-free optimizer leaves a layer at its average
+            for index, layer in self.layers.items():
                 for parameter in () if index in active else layer:
                     optimizer.state.pop(parameter, None)
         LOG.info(f"LISA trains the layers {active} from step {step + 1} on.")
 
-    def _train(self, active: Any) -> None:
-        for index, layer in enumerate(self.layers):
+    def _train(self, active: Container[int]) -> None:
+        """Let these layers train, and no others."""
+        for index, layer in self.layers.items():
             for parameter in layer:
                 parameter.requires_grad_(index in active)
 

@@ -22,6 +22,7 @@ from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import BaseOptimizerFactory
 from axolotl.utils.optimizers.groups import Groups, param_groups_of, split_groups, target_parameters
 from axolotl.utils.optimizers.in_backward import step_in_backward
+from axolotl.utils.optimizers.parameterwise import run_closure
 from axolotl.utils.optimizers.state import keep_loaded_dtypes
 
 # `proj_type` -> the side that is projected, for matrices with at least as many rows as columns, and for the others.
@@ -83,10 +84,7 @@ class GaLore(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner["lr"], inner["weight_decay"] = group["lr"], _inner_decay(group)
             for param in group["params"] if "rank" in group else ():

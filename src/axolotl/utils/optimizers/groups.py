@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ def build_param_groups(
     embedding_lr: float | None = None,
     embedding_lr_scale: float | None = None,
     lr_groups: Sequence[Mapping[str, Any]] | None = None,
+    embeddings: Set[int] = frozenset(),
 ) -> Groups:
     """Sort the trainable parameters into groups; a parameter goes to the first group that claims it.
 
@@ -44,6 +45,7 @@ def build_param_groups(
         embedding_lr: learning rate of embeddings and head.
         embedding_lr_scale: the same as a factor; `embedding_lr` wins.
         lr_groups: `{name, modules, lr}` each.
+        embeddings: `id` of parameters of embeddings and head whose names do not say so, such as GPT-2's `wte`.
 
     Returns:
         Groups without those that are empty. Each has `name`, `params`, `lr`, `weight_decay`. Those at `learning_rate` come
@@ -69,11 +71,17 @@ def build_param_groups(
         if place is not None:
             claimed = lr_groups[place]
             add(2 + place, claimed["name"], name in decay_names, float(claimed["lr"]), parameter)
-        elif own_embedding_lr and any(part in name for part in EMBEDDING_NAMES):
+        elif own_embedding_lr and (id(parameter) in embeddings or any(part in name for part in EMBEDDING_NAMES)):
             add(1, "embeddings", False, embedding_rate, parameter)
         else:
             add(0, "parameters", name in decay_names, learning_rate, parameter)
     used = {place for place, _ in groups}
+    if own_embedding_lr and 1 not in used:
+        key = "embedding_lr" if embedding_lr is not None else "embedding_lr_scale"
+        LOG.warning(
+            f"`{key}` has no effect: neither embeddings nor output head are trained, or `lr_groups` took them. With an adapter, write "
+            "`lora_modules_to_save: [embed_tokens, lm_head]` to train them."
+        )
     for place, group in enumerate(lr_groups, 2):
         if place not in used:
             LOG.warning(
@@ -97,8 +105,32 @@ def param_groups_of(model: nn.Module, args: Any, learning_rate: float, weight_de
         embedding_lr=args.embedding_lr,
         embedding_lr_scale=args.embedding_lr_scale,
         lr_groups=args.lr_groups,
+        embeddings=input_and_output_embeddings(model),
     )
     return split_groups(groups, lambda p: p.device_mesh if isinstance(p, DTensor) else None)
+
+
+def loraplus_groups(
+    model: nn.Module, groups: Groups, *, learning_rate: float, ratio: float, embedding_lr: float
+) -> Groups:
+    """LoRA+: let B learn faster than A (Hayou et al., https://arxiv.org/abs/2402.12354).
+
+    As in the authors' code, vectors (biases, the magnitudes of DoRA) learn at the rate of B. Layers that are trained in full
+    beside LoRA keep the rate of their group.
+
+    Args:
+        model: with LoRA.
+        groups: its groups.
+        learning_rate: of A.
+        ratio: rate of B over that of A.
+        embedding_lr: rate of LoRA on embeddings.
+    """
+    rates = {"A": {}, "B": {"lr": learning_rate * ratio}, "embedding": {"lr": embedding_lr}}
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        is_b = "lora_B" in name or parameter.ndim == 1
+        kinds[id(parameter)] = "embedding" if "lora_embedding_" in name else "B" if is_b else "A"
+    return split_groups(groups, lambda parameter: kinds[id(parameter)], lambda kind: rates[kind])
 
 
 def split_groups(
@@ -128,6 +160,14 @@ def embedding_parameters(model: nn.Module) -> set[int]:
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     modules += [module for name, module in model.named_modules() if any(part in name for part in EMBEDDING_NAMES)]
     return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def input_and_output_embeddings(model: nn.Module) -> set[int]:
+    """`id` of each parameter of the embedding of tokens and of the output head, however the model names them."""
+    inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return head_parameters(model) | (
+        {id(parameter) for parameter in inputs.parameters()} if inputs is not None else set()
+    )
 
 
 def head_parameters(model: nn.Module) -> set[int]:

@@ -67,6 +67,32 @@ def saves_moments(adalomo_cls: type[Any]) -> type[Any]:
     return SavedAdaLomo
 
 
+def keeps_training_point(schedule_free_cls: type[Any]) -> type[Any]:
+    """A schedule-free optimizer that goes on exactly where it stopped to evaluate or to save.
+
+    The library computes the point at which it trains back from the average, and rounds: one more evaluation would make another
+    run. The copy takes the room of the gradients, which are freed by then; checkpoints hold it beside the other states.
+    """
+
+    class SavedScheduleFree(schedule_free_cls):
+        @torch.no_grad()
+        def eval(self) -> None:
+            for group in (group for group in self.param_groups if group["train_mode"]):
+                for param in group["params"]:
+                    if "z" in self.state[param]:
+                        self.state[param]["y"] = param.clone()
+            super().eval()
+
+        @torch.no_grad()
+        def train(self) -> None:
+            super().train()
+            for param, state in self.state.items():
+                if "y" in state:
+                    param.copy_(state.pop("y"))
+
+    return SavedScheduleFree
+
+
 def saves_group_state(grokadamw_cls: type[Any]) -> type[Any]:
     """GrokAdamW whose checkpoints hold its moments by parameter. The library keeps them in its param groups, by object."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
@@ -17,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import BaseOptimizerFactory
 from axolotl.utils.optimizers.groups import Groups, is_hidden_matrix, param_groups_of, split_groups
+from axolotl.utils.optimizers.parameterwise import run_closure
 
 
 class MatrixOptimizer(Optimizer):
@@ -53,10 +53,7 @@ class MatrixOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for is_matrix, optimizer in self._parts:
             # Loading a state replaces both, so that they are handed over at each step.
             optimizer.param_groups = self._groups_of(is_matrix)

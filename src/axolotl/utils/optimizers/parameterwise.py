@@ -1,4 +1,4 @@
-"""The step of an optimizer that updates one parameter after the other."""
+"""What steps of our own optimizers share: the closure, and one parameter after the other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def run_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss that the closure of a step computes, with gradients also where the step has none; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class ParameterwiseOptimizer(Optimizer, abc.ABC):
     """An optimizer whose subclass says how one parameter is updated."""
 
@@ -21,10 +29,7 @@ class ParameterwiseOptimizer(Optimizer, abc.ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter with a gradient. Returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -1,32 +1,27 @@
 """Optimizers by name: one row each, and how `optimizer` and `optim_args` become a class and its arguments.
 
-To add one: a row. `path` is imported when the optimizer is used, never before. Options of `optim_args` are those of the
-class's signature, so that they are those of the installed version.
+To add one: a row. `path` is imported when the optimizer is used, never before. `options` reads and checks `optim_args`.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib
-import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from transformers.training_args import OptimizerNames
 
-from axolotl.exceptions import ConfigError, MissingExtraError
+from axolotl.exceptions import ConfigError, MissingExtraError, did_you_mean
 from axolotl.utils.dict import DictDefault, note_choice
+from axolotl.utils.optimizers.options import CHOICES, check_options, options_of, read_optim_args
 
 DEFAULT = "adamw_torch_fused"
 # Spellings of older configs.
 RENAMED = {"adamw_hf": "adamw_torch", "ao_adamw_4bit": "adamw_torch_4bit", "ao_adamw_8bit": "adamw_torch_8bit"}
 
-# Arguments that this package sets itself.
-NOT_OPTIONS = frozenset({"self", "params", "model", "optim_bits", "is_paged", "args", "gradient_release", "kwargs"})
 ADAM = ("lr", "weight_decay", "betas", "eps")
 PLAIN = ("lr", "weight_decay")
 FACTORIES = {
@@ -55,12 +50,6 @@ APOLLO = {
     "update_proj_gap": 200,
     "scale": 1.0,
     "proj_type": "std",
-}
-CHOICES = {
-    "proj_type": ("std", "reverse_std", "right", "left"),
-    "proj": ("random", "svd"),
-    "scale_type": ("channel", "tensor"),
-    "adjust_lr_fn": ("original", "match_rms_adamw"),
 }
 
 
@@ -104,6 +93,11 @@ def _apollo(*, layerwise: bool) -> Row:
     return Row("apollo_torch:APOLLOAdamW", "apollo", via="apollo", projection=APOLLO, layerwise=layerwise)
 
 
+def _schedule_free(cls: str, settings: tuple[str, ...]) -> Row:
+    wrap = "axolotl.utils.optimizers.libraries:keeps_training_point"
+    return Row(f"schedulefree:{cls}", "optimizers", settings, wrap=wrap)
+
+
 def _flash(cls: str, settings: tuple[str, ...]) -> Row:
     return Row(f"flashoptim:{cls}", "optimizers", settings)
 
@@ -139,9 +133,9 @@ OPTIMIZERS: dict[str, Row] = {
     "adamw_torch_8bit": Row("torchao.optim:AdamW8bit", "torchao", fixed={"block_size": 256}),
     "adamw_torch_4bit": Row("torchao.optim:AdamW4bit", "torchao", fixed={"block_size": 256}),
     "ao_adamw_fp8": Row("torchao.optim:AdamWFp8", "torchao"),
-    "schedule_free_adamw": Row("schedulefree:AdamWScheduleFree", "optimizers", (*ADAM, "warmup_steps")),
-    "schedule_free_radam": Row("schedulefree:RAdamScheduleFree", "optimizers"),
-    "schedule_free_sgd": Row("schedulefree:SGDScheduleFree", "optimizers", (*PLAIN, "warmup_steps")),
+    "schedule_free_adamw": _schedule_free("AdamWScheduleFree", (*ADAM, "warmup_steps")),
+    "schedule_free_radam": _schedule_free("RAdamScheduleFree", ADAM),
+    "schedule_free_sgd": _schedule_free("SGDScheduleFree", (*PLAIN, "warmup_steps")),
     "galore_adamw": _galore("torch.optim:AdamW", layerwise=False),
     "galore_adamw_8bit": _galore("bitsandbytes.optim:AdamW", layerwise=False, extra="bitsandbytes", fixed=BNB_8BIT),
     "galore_adafactor": _galore(ADAFACTOR_PATH, layerwise=False, settings=PLAIN, fixed=ADAFACTOR),
@@ -189,9 +183,7 @@ def read_optimizer_name(cfg: DictDefault) -> str:
     name = str(getattr(cfg.optimizer, "value", cfg.optimizer) or DEFAULT)
     name = RENAMED.get(name, name)
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=3)
-        hint = f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
-        raise ConfigError(f"`optimizer: {name}` is not known.{hint}")
+        raise ConfigError(f"`optimizer: {name}` is not known.{did_you_mean(name, OPTIMIZERS, n=3)}")
     return name
 
 
@@ -226,8 +218,7 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
     name = read_optimizer_name(cfg)
     row = OPTIMIZERS[name]
     cls = _load_class(name, row, cfg)
-    options = _options_of(cls)
-    given = _check_options(name, {**options, **row.projection}, read_optim_args(cfg))
+    given = check_options(name, {**options_of(cls), **row.projection}, read_optim_args(cfg))
     for key, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if key in given and cfg[setting] and given[key] != cfg[setting]:
             note_choice(
@@ -235,60 +226,46 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
             )
     settings = _read_settings(cfg, args)
     _move_betas(row, given, settings)
-    projection = {key: given.pop(key, default) for key, default in row.projection.items()}
     common = {key: given.pop(key, settings[key]) for key in ("lr", "weight_decay")}
     own = {_argument(key): settings[key] for key in row.settings if key not in common}
+    kwargs = _arrange(cfg, name, cls, own, given)
+    return resolve_name(FACTORIES[row.via]) if row.via else cls, {**common, **kwargs}
+
+
+def _arrange(
+    cfg: DictDefault, name: str, cls: type, own: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments that the class, or the factory of its row, is called with beside learning rate and weight decay.
+
+    Args:
+        cfg: the config.
+        name: of the row.
+        cls: the optimizer.
+        own: what it takes from keys of the config.
+        given: what it takes from `optim_args`.
+    """
+    row = OPTIMIZERS[name]
     if row.via == "matrix":
         matrix = {**row.fixed, **(_read_dion(cfg) if name == "dion" else {}), **given}
-        kwargs = {
+        return {
             "matrix_cls": cls,
             "matrix_lr": matrix.pop("lr", None),
             "matrix_kwargs": matrix,
-            "adamw_kwargs": own,
+            "adamw_kwargs": dict(own),
         }
-    elif row.via in ("galore", "apollo"):
-        if name == "q_galore_adamw8bit":
-            projection = _read_q_galore(cfg)
-        inner = {**own, **row.fixed, **given}
-        kwargs = {"name": name, "inner_cls": cls, "inner_kwargs": inner, "projection": projection}
-        kwargs["layerwise"] = row.layerwise
-        if row.via == "apollo":
-            kwargs |= {"projects_itself": True, "state_types": _apollo_states()}
-    else:
-        kwargs = {**own, **row.fixed, **_without_cuda(cfg, name), **given}
-        if row.via == "lomo":
-            kwargs["optimizer_cls"] = cls
-    if row.via:
-        cls = _resolve(FACTORIES[row.via])
-    return cls, {**common, **kwargs}
-
-
-def read_optim_args(cfg: DictDefault) -> dict[str, Any]:
-    """`optim_args` as a dict: given as one, or as `key=value,key=value`. Text becomes the Python literal that it spells."""
-    given = cfg.optim_args
-    if not given:
-        return {}
-    if isinstance(given, Mapping):
-        return {str(key): _literal(value) for key, value in given.items()}
-    parsed: dict[str, Any] = {}
-    for item in re.split(r",(?![^(\[]*[)\]])", str(given)):
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise ConfigError(f"`optim_args: {given}`: {item!r} is not of the form key=value.")
-        parsed[key.strip()] = _literal(value.strip())
-    return parsed
-
-
-def _literal(value: Any) -> Any:
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, list) else value
-    if value.lower() in ("true", "false", "none", "null"):
-        return {"true": True, "false": False}.get(value.lower())
-    try:
-        found = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-    return tuple(found) if isinstance(found, list) else found
+    if row.via in ("galore", "apollo"):
+        projection = {key: given.get(key, default) for key, default in row.projection.items()}
+        inner = {key: value for key, value in given.items() if key not in projection}
+        kwargs = {
+            "name": name,
+            "inner_cls": cls,
+            "inner_kwargs": {**own, **row.fixed, **inner},
+            "projection": _read_q_galore(cfg) if name == "q_galore_adamw8bit" else projection,
+            "layerwise": row.layerwise,
+        }
+        return kwargs if row.via == "galore" else {**kwargs, "projects_itself": True, "state_types": _apollo_states()}
+    kwargs = {**own, **row.fixed, **_without_cuda(cfg, name), **given}
+    return kwargs if row.via != "lomo" else {**kwargs, "optimizer_cls": cls}
 
 
 def _load_class(name: str, row: Row, cfg: DictDefault) -> type:
@@ -297,7 +274,7 @@ def _load_class(name: str, row: Row, cfg: DictDefault) -> type:
     package = row.path.partition(":")[0].partition(".")[0]
     try:
         importlib.import_module(package)
-        cls = _resolve(row.path)
+        cls = resolve_name(row.path)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise ConfigError(f"`optimizer: {name}`: the package `{package}` cannot be imported: {error}.") from error
@@ -306,71 +283,7 @@ def _load_class(name: str, row: Row, cfg: DictDefault) -> type:
                 f"`optimizer: {name}` needs the package `{package}`, which is not installed. {row.install}"
             ) from error
         raise MissingExtraError(package, row.extra, f"`optimizer: {name}`") from error
-    return _resolve(row.wrap)(cls) if row.wrap else cls
-
-
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _options_of(cls: type) -> dict[str, Any]:
-    """Options that a class takes, with their defaults."""
-    parameters = inspect.signature(cls.__init__).parameters
-    return {name: p.default for name, p in parameters.items() if name not in NOT_OPTIONS}
-
-
-def _check_options(name: str, options: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` with values of the right types.
-
-    Raises:
-        ConfigError: every option that is unknown or has a value of another type.
-    """
-    betas = options.get("betas")
-    accepted = {**options, **{f"beta{i}": beta for i, beta in enumerate(betas or (), start=1)}}
-    problems, checked = [], {}
-    for key, value in given.items():
-        if key not in accepted:
-            near = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            problems.append(
-                f"`optim_args: {{{key}: {value}}}` is no option of `optimizer: {name}`.{hint} It has: {', '.join(sorted(accepted))}."
-            )
-            continue
-        default = accepted[key]
-        if isinstance(default, torch.dtype) and isinstance(value, str):
-            value = getattr(torch, value, value)
-        wanted = _wanted(key, default)
-        if wanted and not _fits(default, value, CHOICES.get(key)):
-            problems.append(f"`optim_args: {{{key}: {value}}}` of `optimizer: {name}` must be {wanted}.")
-        checked[key] = value
-    if problems:
-        raise ConfigError(problems)
-    return checked
-
-
-def _wanted(key: str, default: Any) -> str:
-    if key in CHOICES:
-        return f"one of {', '.join(CHOICES[key])}"
-    if isinstance(default, bool):
-        return "true or false"
-    if isinstance(default, int | float):
-        return "a number"
-    if isinstance(default, tuple):
-        return f"{len(default)} numbers, such as {list(default)}"
-    return "a dtype of torch, such as float32" if isinstance(default, torch.dtype) else ""
-
-
-def _fits(default: Any, value: Any, choices: tuple[str, ...] | None) -> bool:
-    if choices:
-        return value in choices
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, int | float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and len(value) == len(default) and all(_fits(0.0, v, None) for v in value)
-    return isinstance(value, type(default))
+    return resolve_name(row.wrap)(cls) if row.wrap else cls
 
 
 def _argument(setting: str) -> str:
@@ -438,9 +351,8 @@ def _read_q_galore(cfg: DictDefault) -> dict[str, Any]:
 
 
 def _apollo_states() -> tuple[type, ...]:
-    return _resolve("apollo_torch.random_projector:GradientProjector"), _resolve(
-        "apollo_torch.svd_projector:GaLoreProjector"
-    )
+    paths = ("apollo_torch.random_projector:GradientProjector", "apollo_torch.svd_projector:GaLoreProjector")
+    return tuple(resolve_name(path) for path in paths)
 
 
 def _without_cuda(cfg: DictDefault, name: str) -> dict[str, Any]:

@@ -60,7 +60,9 @@ class RunConfig(Words):
     auto_resume_from_checkpoints: bool | None = key(
         "Continue from the last whole checkpoint in `output_dir`, if there is one."
     )
-    trainer_cls: str | None = key("Trainer class, as an importable path.")
+    trainer_cls: str | None = key(
+        "Trainer class, as an importable path. It inherits from `AxolotlTrainer`, or gets it as a base for the run."
+    )
     seed: Int | None = key("Seed of every random choice. Default: 42.", ge=0, le=2**32 - 1)
     world_size: Int | None = key("Number of processes; set by the launcher.")
     local_rank: Int | None = key("Number of this process on its machine; set by the launcher.")

@@ -41,6 +41,7 @@ class InternalConfig(Words):
     is_qwen_derived_model: bool | None = key("Internal: the model derives from Qwen.")
     model_config_type: str | None = key("Internal: `model_type` of the model's config.")
     model_config_type_text: str | None = key("Internal: `model_type` of the text part of the model's config.")
+    model_vocab_size: int | None = key("Internal: rows of the model's embedding, before tokens are added.")
     is_multimodal: bool | None = key("Internal: the model takes images or sound.")
     processor_config: str | None = key("Internal: where the processor is loaded from.")
     torch_dtype: Any | None = key("Internal: number format of the weights.")

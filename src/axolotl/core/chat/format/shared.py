@@ -1,4 +1,4 @@
-"""shared functions for format transforms"""
+"""What formats share: the parts that they add, and the tags around tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module contains a function that builds a transform that takes a row from the dataset and converts it to a Chat."""
+"""From a row with a list of messages, under whatever names, to a row as `core.chat.messages.Chats` reads it."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from axolotl.core.checkpoint import (
     seal_checkpoint,
     write_run_state,
 )
+from axolotl.core.checkpoint_weights import check_complete, is_converted, load_converted
 from axolotl.core.checkpoint_writer import CheckpointWriter
 from axolotl.core.host_copy import (
     MEMORY_SHARE,
@@ -84,6 +85,8 @@ class CheckpointSaveMixin(Trainer):
         self.checkpoint_writer = CheckpointWriter()
         self.checkpoint_parts: list[CheckpointPart] = []  # what else goes into a checkpoint and is read from it
         self.saved_config: str | None = None  # YAML that goes into every checkpoint, to compare with when resuming
+        self.saves_jinja_files = True  # the chat template beside the tokenizer's config, and not in it
+        self.saved_steps: set[int] = set()  # of this run, which may not be the only one in its folder
         self._host_memory = HostMemory()
         self._reserving: threading.Thread | None = None
         self.output_folder: OutputFolder | None = None
@@ -102,7 +105,8 @@ class CheckpointSaveMixin(Trainer):
             self.checkpoint_writer.wait()
         if self._agree(self.checkpoint_writer.take_error()) is not None:
             self._save_to(Path(self.args.output_dir), in_background=False)
-        return super()._finalize_training(*args, **kwargs)
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])  # as `log` has put it right
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None, **kwargs: Any) -> None:
         self.checkpoint_writer.wait()
@@ -122,6 +126,10 @@ class CheckpointSaveMixin(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+        if self.processing_class is not None and not self.saves_jinja_files:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+            self.processing_class.save_pretrained(folder, save_jinja_files=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
@@ -130,8 +138,9 @@ class CheckpointSaveMixin(Trainer):
                 resume_from_checkpoint, config, key="resume_from_checkpoint", base_name=str(config._name_or_path)
             )
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except torch.OutOfMemoryError:
+            if not self.load_converted(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (torch.OutOfMemoryError, CheckpointError):
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
@@ -142,6 +151,20 @@ class CheckpointSaveMixin(Trainer):
             ) from error
         for part in self.checkpoint_parts:
             part.load_from_checkpoint(Path(resume_from_checkpoint), self.model)
+
+    def load_converted(self, folder: Path) -> bool:
+        """Load a checkpoint whose weights have other names than the model's; False when it is not such a one."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not is_converted(folder, model):
+            return False
+        load_converted(folder, model)
+        return True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Instead of the warning of `Trainer`: a model that is only in part that of the checkpoint must not train on."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        check_complete(model, set(load_result.missing_keys), "to load")
+        super()._issue_warnings_after_load(load_result)
 
     # ---- in the background or not
 
@@ -206,6 +229,8 @@ class CheckpointSaveMixin(Trainer):
                 error = self.together(lambda: self.save_model(str(aside), _internal_call=True))
                 if error is not None:
                     raise error
+                if self.args.should_save:
+                    self._save_base_config(aside)
 
         return self.together(write)
 
@@ -303,22 +328,29 @@ class CheckpointSaveMixin(Trainer):
             self._save_rng_state(str(aside))
             if self.train_stream is not None:
                 self.train_stream.save(aside)
+        self.saved_steps.add(self.state.global_step)
         run_state = self.run_state()
         if not self.args.should_save:
             return
         best_step = self.state.best_global_step
-        if best_step and (best_step == self.state.global_step or checkpoint_path(run_dir, best_step).is_dir()):
+        # A checkpoint of that step may also be one of an earlier run.
+        is_there = best_step == self.state.global_step or checkpoint_path(run_dir, best_step or 0).is_dir()
+        if best_step in self.saved_steps and is_there:
             self.state.best_model_checkpoint = str(checkpoint_path(run_dir, best_step))
         self._collect_callback_states()
         self.state.save_to_json(str(aside / TRAINER_STATE))
         write_run_state(aside, run_state)
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) and isinstance(model.config, PreTrainedConfig):
-            model.config.save_pretrained(aside)  # tells which base model the adapter belongs to
+        self._save_base_config(aside)
         for part in self.checkpoint_parts:
             part.save_to_checkpoint(aside, checkpoint_path(run_dir, self.state.global_step))
         if self.saved_config is not None:
             (aside / SAVED_CONFIG).write_text(self.saved_config, encoding="utf-8")
+
+    def _save_base_config(self, folder: Path) -> None:
+        """Beside an adapter, write which base model it belongs to."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and isinstance(model.config, PreTrainedConfig):
+            model.config.save_pretrained(folder)
 
     def together(self, work: Callable[[], None], *, on_main_only: bool = False) -> BaseException | None:
         """Run `work` and learn whether it could write on all ranks. What is no write error is raised."""

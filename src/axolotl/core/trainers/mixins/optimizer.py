@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.training_args import ParallelMode
 
 from axolotl.exceptions import ConfigError
 from axolotl.integrations.base import BaseOptimizerFactory, PluginManager
-from axolotl.utils.optimizers.groups import param_groups_of
+from axolotl.utils.optimizers.groups import loraplus_groups, param_groups_of
 from axolotl.utils.optimizers.state import keep_loaded_dtypes
 from axolotl.utils.schemas.validation.optimizer import UPDATES_IN_BACKWARD
 
@@ -72,19 +73,12 @@ class OptimizerMixin(Trainer):
             return optimizer
         if not (is_class and issubclass(optimizer_cls, torch.optim.Optimizer)):
             return optimizer_cls()(model, **kwargs)  # a factory of transformers
+        rate = kwargs.get("lr", args.learning_rate)
+        groups = param_groups_of(model, args, rate, kwargs.get("weight_decay", args.weight_decay))
         if args.loraplus_lr_ratio is not None:
-            from peft.optimizers import create_loraplus_optimizer
-
-            return create_loraplus_optimizer(
-                self.accelerator.unwrap_model(model),
-                optimizer_cls,
-                loraplus_lr_ratio=args.loraplus_lr_ratio,
-                loraplus_lr_embedding=args.loraplus_lr_embedding,
-                **{"loraplus_weight_decay": args.weight_decay, **kwargs},
+            groups = loraplus_groups(
+                model, groups, learning_rate=rate, ratio=args.loraplus_lr_ratio, embedding_lr=args.loraplus_lr_embedding
             )
-        groups = param_groups_of(
-            model, args, kwargs.get("lr", args.learning_rate), kwargs.get("weight_decay", args.weight_decay)
-        )
         optimizer = optimizer_cls(groups, **kwargs)
         if "bitsandbytes" in optimizer_cls.__module__ and kwargs.get("optim_bits") == 8:
             keep_embeddings_in_32_bits(model)
@@ -120,7 +114,9 @@ class OptimizerMixin(Trainer):
     def _load_best_model(self) -> None:
         # Later switches of the optimizer must not mix the loaded weights with its own.
         self._show_averaged_weights()
-        super()._load_best_model()
+        load_converted = getattr(self, "load_converted", None)  # of `CheckpointSaveMixin`
+        if load_converted is None or not load_converted(Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
 
     def _show_averaged_weights(self) -> None:
         switch = getattr(self.optimizer, "eval", None)

@@ -14,6 +14,7 @@ from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
 from axolotl.utils.data.bins import BinDataset, CollateEmpty
 from axolotl.utils.data.stream import TokenStream
 from axolotl.utils.data.stream_loader import StreamLoader
+from axolotl.utils.processes import init_worker
 from axolotl.utils.samplers.epoch import EpochSampler, EvenBatches, LengthGroupedEpochSampler
 from axolotl.utils.samplers.multipack import MultipackBatchSampler
 from axolotl.utils.samplers.utils import get_dataset_lengths
@@ -154,6 +155,7 @@ class PackingMixin(Trainer):
         even = EvenBatches(
             batches, self._data_ranks, drop_last=is_training and args.dataloader_drop_last, repeat=not own_loss
         )
+        seed = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         loader = DataLoader(
             BinDataset(dataset),
             batch_sampler=even,
@@ -164,8 +166,6 @@ class PackingMixin(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-            if is_training
-            else None,
+            worker_init_fn=partial(init_worker, then=seed if is_training else None),
         )
         return self.accelerator.prepare_data_loader(loader)

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from axolotl.core.checkpoint import read_run_state
-from axolotl.exceptions import CheckpointError
+from axolotl.core.checkpoint import checkpoint_path, read_run_state
+from axolotl.exceptions import CheckpointError, first_line
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schedulers import follow_own_curve
 
@@ -37,7 +37,7 @@ class RngLoaderMixin(Trainer):
             raise
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"The optimizer or scheduler of the checkpoint {checkpoint} cannot be loaded: {str(error).splitlines()[0]}. "
+                f"The optimizer or scheduler of the checkpoint {checkpoint} cannot be loaded: {first_line(error)}. "
                 "Either a file is damaged, or the run that saved it trained other parameters or had another `optimizer`. "
                 "Resume from another one with `resume_from_checkpoint`, or choose another `output_dir`."
             ) from error
@@ -49,8 +49,16 @@ class RngLoaderMixin(Trainer):
                     f"a learning rate of {self._get_learning_rate():.3g}."
                 )
             self.load_run_state(read_run_state(checkpoint))
+            self._find_best_checkpoint(Path(checkpoint))
             if self.train_stream is not None:
                 self.train_stream.load(checkpoint)
+
+    def _find_best_checkpoint(self, checkpoint: Path) -> None:
+        """The best one lies beside the one to resume from, also when the folder of the run has moved."""
+        best, step = self.state.best_model_checkpoint, self.state.best_global_step
+        found = checkpoint_path(checkpoint.parent, step or 0)
+        if step in self.saved_steps and found.is_dir() and not (best and Path(best).is_dir()):
+            self.state.best_model_checkpoint = str(found)
 
     def _load_callback_state(self) -> None:
         """Give callbacks what they have counted, such as evaluations without progress.
@@ -92,9 +100,12 @@ class RngLoaderMixin(Trainer):
             "num_tokens_trained": self.num_tokens_trained,
             "window_loss": window_loss.item(),
             "window_steps": self.window_steps,
+            "run_loss": self.run_loss,
+            "run_steps": self.run_steps,
             "steps_skipped": self.nonfinite.num_skipped,
             "steps_skipped_in_a_row": self.nonfinite.num_in_a_row,
             "last_step_skipped": self.nonfinite.last_message,
+            "saved_steps": sorted(self.saved_steps),
             "world_size": self.args.world_size,
         }
 
@@ -104,6 +115,9 @@ class RngLoaderMixin(Trainer):
         self.num_tokens_trained = int(state.get("num_tokens_trained", 0))
         self.window_loss = self.window_loss.new_tensor(float(state.get("window_loss", 0.0)))
         self.window_steps = int(state.get("window_steps", 0))
+        self.run_loss = float(state.get("run_loss", 0.0))
+        self.run_steps = int(state.get("run_steps", 0))
         self.nonfinite.num_skipped = int(state.get("steps_skipped", 0))
         self.nonfinite.num_in_a_row = int(state.get("steps_skipped_in_a_row", 0))
+        self.saved_steps = set(state.get("saved_steps", range(self.state.global_step + 1)))
         self.nonfinite.last_message = str(state.get("last_step_skipped", ""))

@@ -47,6 +47,7 @@ class TokenLossMixin(Trainer):
         super().__init__(*args, **kwargs)
         base = self._base_causal_model()
         self.is_causal_lm = is_causal_lm(base)
+        self._is_of_transformers = type(base).__module__.startswith("transformers.")
         self.owns_loss = self.is_causal_lm and self.compute_loss_func is None
         if self.args.loss_entropy_top_k and not self.owns_loss:
             raise ConfigError(
@@ -59,7 +60,6 @@ class TokenLossMixin(Trainer):
         self._model_takes_num_items = self.model_accepts_loss_kwargs
         if self.owns_loss:
             self.model_accepts_loss_kwargs = True
-            self.loss_is_scaled_for_ga = True
         tokenizer = self.processing_class
         if isinstance(tokenizer, ProcessorMixin):
             tokenizer = tokenizer.tokenizer
@@ -71,11 +71,16 @@ class TokenLossMixin(Trainer):
         # Of the optimizer step under way: its micro-batches and their losses on this rank, for the report of a bad one.
         self.step_batches: list[Any] = []
         self.step_losses: list[torch.Tensor] = []
+        # What is asked of the GPU once a step instead of in each micro-batch, where the CPU would wait for it.
         self._kept_rows: dict[tuple[int, int], torch.Tensor] = {}  # rows with a label, by the tensor of labels
+        self._full_masks: set[tuple[int, int]] = set()  # attention masks that mask nothing
         # Loss of the optimizer step under way, and of the steps since the last log line (this rank's share).
         self.step_loss = torch.zeros((), device=self.args.device)
         self.window_loss = torch.zeros((), device=self.args.device)
         self.window_steps = 0
+        # Sum of the loss (over all ranks) and number of the steps before these, since the start of the run.
+        self.run_loss = 0.0
+        self.run_steps = 0
         # Wall time and tokens of these steps; the time of evaluations and saves is not in it.
         self._window_tokens = [0.0, 0, 0]
         self._step_began = time.perf_counter()
@@ -98,7 +103,7 @@ class TokenLossMixin(Trainer):
         loaded = list(itertools.islice(epoch_iterator, num_batches))
         batches = [mask_document_starts(batch) for batch in loaded]
         self.step_batches = batches
-        # Here, once a step, and not in each micro-batch, the CPU waits for the GPU.
+        self._full_masks = self._find_full_masks(batches)
         self._kept_rows = {
             _identity(batch["labels"]): find_kept_rows(shift_labels(batch)) for batch in batches if "labels" in batch
         }
@@ -116,6 +121,17 @@ class TokenLossMixin(Trainer):
         self._step_sums = sums
         self.step_loss = torch.zeros((), device=device)
         return batches, sums[0].clamp(min=1)
+
+    def _find_full_masks(self, batches: list[Any]) -> set[tuple[int, int]]:
+        """The masks of rows without padding, which models of transformers need not be given; others may read them."""
+        if not self._is_of_transformers:
+            return set()
+        unpacked = [batch for batch in batches if batch.get("position_ids") is None]
+        masks = [batch["attention_mask"] for batch in unpacked if isinstance(batch.get("attention_mask"), torch.Tensor)]
+        if not masks:
+            return set()
+        is_full = torch.stack([(mask != 0).all() for mask in masks]).tolist()
+        return {_identity(mask) for mask, full in zip(masks, is_full, strict=True) if full}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -143,6 +159,9 @@ class TokenLossMixin(Trainer):
         if not self.owns_loss or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kept_S = self._kept_rows.pop(_identity(inputs["labels"]), None)
+        mask = inputs.get("attention_mask")
+        if mask is not None and _identity(mask) in self._full_masks:
+            inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         inputs = mask_document_starts(inputs)
         own_count = count_supervised_tokens(inputs)
         # Gradients and logged losses are averaged over ranks afterwards; a count over all ranks must undo that.
@@ -272,8 +291,15 @@ class TokenLossMixin(Trainer):
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, reduction="mean")
         mean = total.item() / self.window_steps
+        self.run_loss += total.item()
+        self.run_steps += self.window_steps
         self.window_loss, self.window_steps = torch.zeros_like(self.window_loss), 0
         return mean
+
+    def take_run_loss(self) -> float | None:
+        """Mean loss per step of the whole run, with what it was before it was resumed; None when no step was taken."""
+        self.take_window_loss()
+        return self.run_loss / self.run_steps if self.run_steps else None
 
 
 def _float64_device(device: torch.device) -> torch.device:

@@ -224,6 +224,8 @@ REFUSED = [
     (peft.offloaded_embeddings_need_a_quantized_model_on_one_gpu, {"ple_cpu_offload": True, **QLORA, **FSDP2}, "not compatible with FSDP", {"ple_cpu_offload": True, **QLORA}),
     (peft.offloaded_embeddings_need_a_quantized_model_on_one_gpu, {"ple_cpu_offload": True, **QLORA, "deepspeed": "z.json"}, "not compatible with DeepSpeed", {"ple_cpu_offload": True, **LORA, **BITS8}),
     (peft.offloaded_embeddings_need_a_quantized_model_on_one_gpu, {"ple_cpu_offload": True, **LORA}, "requires `adapter: qlora`", {}),
+    (peft.relora_restarts_an_adapter, {"relora": True, **LORA, "jagged_restart_steps": 5, "reinit_weights": True}, "`reinit_weights: true` starts from weights that no file has", {"relora": True, **LORA, "jagged_restart_steps": 5}),
+    (peft.relora_restarts_an_adapter, {"relora": True, **LORA, "jagged_restart_steps": 5, "optimizer": "schedule_free_adamw"}, "averages weights over the whole run", {"relora": True, **LORA, "jagged_restart_steps": 5}),
     (peft.relora_restarts_an_adapter, {"relora": True, **LORA}, "jagged_restart_steps must be set to use ReLoRA", {"relora": True, **LORA, "jagged_restart_steps": 5}),
     (peft.relora_restarts_an_adapter, {"relora": True, "jagged_restart_steps": 5}, "cfg.adapter must be lora or qlora to use ReLoRA", {}),
     (peft.relora_restarts_an_adapter, {"relora": True, **LORA, "jagged_restart_steps": 5, **FSDP2}, "fsdp not supported with ReLoRA", {**LORA, **FSDP2}),
@@ -253,6 +255,9 @@ REFUSED = [
 
 # check, config that is warned of, words of the warning, config that is not
 WARNED = [
+    (optimizer.lora_plus_is_for_lora, {"loraplus_lr_ratio": 16}, "`loraplus_lr_ratio: 16` has no effect without", {**LORA, "loraplus_lr_ratio": 16}),
+    (peft.an_adapter_needs_its_base_later, {**LORA, "reinit_weights": True}, "the random base model is not saved", {"reinit_weights": True}),
+    (peft.an_adapter_leaves_the_base_frozen, {**LORA, "unfrozen_parameters": ["lm_head"]}, "`unfrozen_parameters` has no effect with `adapter: lora`", {"unfrozen_parameters": ["lm_head"]}),
     (training.a_run_has_steps, {"max_steps": 0}, "sets no limit", {"max_steps": -1}),
     (training.a_learning_rate_of_zero_learns_nothing, {"learning_rate": 0}, "trains nothing", {"learning_rate": 0, "embedding_lr": 0.1}),
     (attention.packing_needs_an_attention_that_keeps_documents_apart, {"sample_packing": True, "attn_implementation": "org/kernel"}, "cross sample decontamination", {"sample_packing": True, "attn_implementation": "sdpa"}),

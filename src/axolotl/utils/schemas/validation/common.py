@@ -106,6 +106,12 @@ def is_lora(cfg: DictDefault) -> bool:
     return cfg.adapter in ("lora", "qlora")
 
 
+def is_multiple(steps: float, of: float) -> bool:
+    """Whether steps, or shares of a run such as 0.3 and 0.1, divide up to rounding."""
+    times = steps / of
+    return round(times) >= 1 and abs(times - round(times)) < 1e-6
+
+
 def more_than_one(size: Any) -> bool:
     """Whether a parallel size is set above 1."""
     return bool(size) and int(size) > 1

@@ -233,6 +233,13 @@ def learning_rates_are_grouped_once(cfg: DictDefault) -> None:
         )
 
 
+def lora_plus_is_for_lora(cfg: DictDefault) -> None:
+    """LoRA+ tells A from B. Without an adapter it would only let norms learn faster."""
+    if cfg.loraplus_lr_ratio and not cfg.adapter:
+        LOG.warning("`loraplus_lr_ratio: %s` has no effect without `adapter: lora`.", cfg.loraplus_lr_ratio)
+        fill(cfg, "loraplus_lr_ratio", None, "no `adapter`")
+
+
 def batch_flattening_needs_an_attention_that_knows_borders(cfg: DictDefault) -> None:
     """Rows of a batch put end to end need an attention that takes their lengths; packing does that already."""
     if not cfg.batch_flattening:
@@ -273,5 +280,6 @@ CHECKS = (
     schedule_free_optimizers_need_no_schedule,
     schedule_keys_have_a_schedule,
     learning_rates_are_grouped_once,
+    lora_plus_is_for_lora,
     batch_flattening_needs_an_attention_that_knows_borders,
 )

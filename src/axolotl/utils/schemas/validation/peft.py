@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, did_you_mean
 from axolotl.integrations.base import AdapterCapabilities, PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -16,6 +15,7 @@ from axolotl.utils.schemas.validation.common import (
     is_lora,
     is_reentrant,
     num_gpus,
+    optimizer_name,
     rl_method,
     torch_is_older_than,
 )
@@ -131,6 +131,27 @@ def layers_to_transform_are_not_unfrozen_too(cfg: DictDefault) -> None:
         )
 
 
+def an_adapter_leaves_the_base_frozen(cfg: DictDefault) -> None:
+    """`unfrozen_parameters` chooses among all weights, of which an adapter freezes every one."""
+    if cfg.adapter and cfg.unfrozen_parameters:
+        LOG.warning(
+            "`unfrozen_parameters` has no effect with `adapter: %s`, which freezes the base model. Layers named under "
+            "`lora_modules_to_save` are trained in full beside it.",
+            cfg.adapter,
+        )
+        fill(cfg, "unfrozen_parameters", None, f"`adapter: {cfg.adapter}` freezes the base model")
+
+
+def an_adapter_needs_its_base_later(cfg: DictDefault) -> None:
+    """The random weights of `reinit_weights` are saved nowhere, and an adapter is nothing without its base."""
+    if cfg.adapter and cfg.reinit_weights:
+        LOG.warning(
+            "`reinit_weights: true` with `adapter: %s`: the random base model is not saved, so that the adapter cannot be used "
+            "after this run.",
+            cfg.adapter,
+        )
+
+
 def lora_starts_in_a_known_way(cfg: DictDefault) -> None:
     """`peft_init_lora_weights` is true, false or one of the names that peft documents."""
     init = cfg.peft_init_lora_weights
@@ -141,8 +162,7 @@ def lora_starts_in_a_known_way(cfg: DictDefault) -> None:
         cfg.peft_init_lora_weights = name == "true"
         return
     if name not in LORA_STARTS and not re.fullmatch(r"pissa_niter_\d+", name):
-        near = difflib.get_close_matches(name, LORA_STARTS, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(name, LORA_STARTS)
         raise ConfigError(
             f"`peft_init_lora_weights: {init}` is not known.{hint} Write true, false, {', '.join(LORA_STARTS)} or `pissa_niter_4`."
         )
@@ -387,6 +407,14 @@ def relora_restarts_an_adapter(cfg: DictDefault) -> None:
         problems.append("deepspeed not supported with ReLoRA. Remove one.")
     if cfg.lr_scheduler == "one_cycle":
         problems.append("ReLoRA is not compatible with the one_cycle scheduler. Write `lr_scheduler: cosine`.")
+    if optimizer_name(cfg).startswith("schedule_free"):
+        problems.append(
+            f"`optimizer: {cfg.optimizer}` averages weights over the whole run, which ReLoRA restarts. Write `optimizer: adamw_torch_fused`."
+        )
+    if cfg.reinit_weights:
+        problems.append(
+            "`reinit_weights: true` starts from weights that no file has, and ReLoRA merges into those of `base_model`."
+        )
     for key in ("load_best_model_at_end", "early_stopping_patience"):
         if cfg[key]:
             problems.append(
@@ -409,6 +437,8 @@ CHECKS = (
     lora_has_no_dropout_unless_set,
     lora_patterns_are_regular_expressions,
     layers_to_transform_are_not_unfrozen_too,
+    an_adapter_leaves_the_base_frozen,
+    an_adapter_needs_its_base_later,
     lora_starts_in_a_known_way,
     a_start_that_changes_the_base_finds_whole_weights,
     a_start_from_data_finds_rows,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from typing import Literal
 
 from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from axolotl.utils.schemas.validation.common import fill
+from axolotl.utils.schemas.validation.common import fill, is_multiple
 
 LOG = get_logger(__name__)
 
@@ -138,20 +139,7 @@ def warmup_is_given_once(cfg: DictDefault) -> None:
 
 def saves_are_given_once(cfg: DictDefault) -> None:
     """Saves are counted in steps or per epoch, and `save_strategy` agrees."""
-    if cfg.save_steps and cfg.save_strategy and cfg.save_strategy != "steps":
-        raise ConfigError(
-            f"save_strategy and save_steps mismatch: `save_strategy: {cfg.save_strategy}` and `save_steps: {cfg.save_steps}`. Please set "
-            "save_strategy to 'steps' or remove save_steps."
-        )
-    if cfg.saves_per_epoch and cfg.save_steps:
-        raise ConfigError(
-            f"save_steps and saves_per_epoch are mutually exclusive and cannot be used together: `save_steps: {cfg.save_steps}`, "
-            f"`saves_per_epoch: {cfg.saves_per_epoch}`. Remove one."
-        )
-    if cfg.saves_per_epoch and cfg.save_strategy and cfg.save_strategy != "steps":
-        raise ConfigError(
-            f"save_strategy must be empty or set to `steps` when used with saves_per_epoch: `save_strategy: {cfg.save_strategy}`. Remove one."
-        )
+    _check_given_once(cfg, "save")
 
 
 def the_best_checkpoint_needs_a_metric(cfg: DictDefault) -> None:
@@ -172,19 +160,25 @@ def a_push_to_the_hub_needs_saves(cfg: DictDefault) -> None:
 
 def evaluations_are_given_once(cfg: DictDefault) -> None:
     """Evaluations are counted in steps or per epoch, and `eval_strategy` agrees."""
-    if cfg.eval_steps and cfg.eval_strategy and cfg.eval_strategy != "steps":
+    _check_given_once(cfg, "eval")
+
+
+def _check_given_once(cfg: DictDefault, what: Literal["save", "eval"]) -> None:
+    steps, per_epoch, strategy = f"{what}_steps", f"{what}s_per_epoch", f"{what}_strategy"
+    other_strategy = cfg[strategy] if cfg[strategy] != "steps" else None
+    if cfg[steps] and other_strategy:
         raise ConfigError(
-            f"eval_strategy and eval_steps mismatch: `eval_strategy: {cfg.eval_strategy}` and `eval_steps: {cfg.eval_steps}`. Please set "
-            "eval_strategy to 'steps' or remove eval_steps."
+            f"{strategy} and {steps} mismatch: `{strategy}: {other_strategy}` and `{steps}: {cfg[steps]}`. Please set "
+            f"{strategy} to 'steps' or remove {steps}."
         )
-    if cfg.evals_per_epoch and cfg.eval_steps:
+    if cfg[per_epoch] and cfg[steps]:
         raise ConfigError(
-            f"eval_steps and evals_per_epoch are mutually exclusive and cannot be used together: `eval_steps: {cfg.eval_steps}`, "
-            f"`evals_per_epoch: {cfg.evals_per_epoch}`. Remove one."
+            f"{steps} and {per_epoch} are mutually exclusive and cannot be used together: `{steps}: {cfg[steps]}`, "
+            f"`{per_epoch}: {cfg[per_epoch]}`. Remove one."
         )
-    if cfg.evals_per_epoch and cfg.eval_strategy and cfg.eval_strategy != "steps":
+    if cfg[per_epoch] and other_strategy:
         raise ConfigError(
-            f"eval_strategy must be empty or set to `steps` when used with evals_per_epoch: `eval_strategy: {cfg.eval_strategy}`. Remove one."
+            f"{strategy} must be empty or set to `steps` when used with {per_epoch}: `{strategy}: {other_strategy}`. Remove one."
         )
 
 
@@ -226,9 +220,7 @@ def early_stopping_compares_saved_models(cfg: DictDefault) -> None:
     hint = "early_stopping_patience requires save_steps and eval_steps to be set. eval_steps should evenly divide save_steps."
     if not cfg.save_steps or not cfg.eval_steps:
         raise ConfigError(f"{hint} Set: `save_steps: {cfg.save_steps}`, `eval_steps: {cfg.eval_steps}`.")
-    times = cfg.save_steps / cfg.eval_steps
-    # Shares of a run, such as 0.3 and 0.1, divide up to rounding.
-    if abs(times - round(times)) > 1e-6 or round(times) < 1:
+    if not is_multiple(cfg.save_steps, cfg.eval_steps):
         raise ConfigError(f"{hint} `save_steps: {cfg.save_steps}` is no multiple of `eval_steps: {cfg.eval_steps}`.")
 
 
