@@ -6,7 +6,7 @@ Whatever goes wrong in a row becomes a `DatasetError` that names the dataset, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -97,15 +97,9 @@ def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _named_before(dataset: Dataset, kept: Dataset, named: RowName) -> RowName:
-    """The names of rows before `filter`, which keeps rows of the same Arrow table."""
-
-    def name(index: int) -> str:
-        before, after = dataset._indices, kept._indices
-        place = index if after is None else after.column(0)[index].as_py()
-        return named(place if before is None else int(np.flatnonzero(before.column(0).to_numpy() == place)[0]))
-
-    return name
+def _name_kept(named: RowName, kept: np.ndarray) -> RowName:
+    """The names of rows of which only those with the numbers `kept` are left."""
+    return lambda index: named(int(kept[index]))
 
 
 def _is_one_row(tokenized: Any) -> bool:
@@ -145,17 +139,15 @@ class TokenizedPromptDataset(Dataset):
 
     def process(self, dataset: Dataset) -> Dataset:
         """`dataset`, tokenized."""
+        strategy = self.prompt_tokenizer
+        if isinstance(strategy, PromptTokenizingStrategy) and strategy.named_properties is not None:
+            strategy.named_properties.check(dataset)
         named = self._name_row
-        if self.prompt_tokenizer.filter_rows:
-            num_proc = min(self.process_count or 1, max(len(dataset), 1))
-            unfiltered = dataset
-            dataset = dataset.filter(
-                self.prompt_tokenizer.filter_rows,
-                num_proc=num_proc if num_proc > 1 else None,
-                desc="Strategy Filtering Rows",
-            )
-            self.num_filtered = len(unfiltered) - len(dataset)
-            named = _named_before(unfiltered, dataset, named)
+        if self.prompt_tokenizer.filter_rows and len(dataset):
+            kept = self._find_kept(dataset, self.prompt_tokenizer.filter_rows)
+            self.num_filtered = len(dataset) - len(kept)
+            dataset = dataset.select(kept)
+            named = _name_kept(self._name_row, kept)
         return map_rows(
             dataset,
             TokenizeRows(self.prompt_tokenizer, self._dataset_name, named).blocks,
@@ -163,6 +155,16 @@ class TokenizedPromptDataset(Dataset):
             keep_in_memory=bool(self.keep_in_memory),
             desc="Tokenizing Prompts",
         )
+
+    def _find_kept(self, dataset: Dataset, keeps: Callable[[dict[str, Any]], bool]) -> np.ndarray:
+        """The numbers of the rows that a strategy keeps. `Dataset.filter` would leave processes behind when this one is killed."""
+
+        def ask(rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
+            rows_of_block = ({name: values[i] for name, values in rows.items()} for i in range(len(numbers)))
+            return {"kept": [bool(keeps(row)) for row in rows_of_block]}
+
+        answers = map_rows(dataset, ask, num_proc=self.process_count or 1, desc="Strategy Filtering Rows")
+        return np.flatnonzero(answers["kept"][:])
 
 
 def wrap_dataset_for_tokenized_prompt(

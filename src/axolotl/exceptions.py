@@ -26,6 +26,27 @@ class ConfigError(AxolotlError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def did_you_mean(word: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> str:
+    """A hint to append to a message: `` Did you mean `lora` or `dora`?``, or nothing where no known word is near.
+
+    Args:
+        word: what was written.
+        known: what could have been.
+        n: how many are named at most.
+        cutoff: how alike they must be, from 0 to 1.
+    """
+    import difflib  # only a message needs it
+
+    near = difflib.get_close_matches(word, list(known), n=n, cutoff=cutoff)
+    return f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without blanks around it; the name of its class when it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 class NotBuiltError(AxolotlError, NotImplementedError):
     """A key or command that is known but not implemented here yet (see `axolotl._not_built`)."""
 

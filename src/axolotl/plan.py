@@ -17,7 +17,6 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from axolotl._not_built import not_built_problems
 from axolotl.common.datasets import load_datasets
 from axolotl.core.builders.arguments import read_schedule, read_warmup_steps
 from axolotl.exceptions import MissingExtraError
@@ -41,6 +40,7 @@ from axolotl.utils.samplers.utils import get_dataset_lengths
 from axolotl.utils.schedulers import learning_rates
 
 MAX_REMEDIES = 5
+NO_REMEDY = "nothing that a key can change: use a larger GPU"
 NOT_FORECAST = ("grpo", "gdpo", "ebft")  # they generate while they train
 
 
@@ -162,7 +162,7 @@ def find_remedies(cfg: DictDefault, run: Run, limit_bytes: float) -> list[Remedy
     """What would make a run smaller, best first: that fits, with the same result, with the least slowdown."""
     can_quantize = run.is_adapter and run.weight_bits == 16 and not cfg.fp8
     found = remedies(run, limit_bytes, micro_batch_size=int(cfg.micro_batch_size or 1), can_quantize=can_quantize)
-    return [remedy for remedy in found if _is_built(remedy)][:MAX_REMEDIES]
+    return found[:MAX_REMEDIES]
 
 
 def describe_shortage(cfg: DictDefault, train_dataset: Any, free_bytes: float) -> str | None:
@@ -191,7 +191,7 @@ def describe_shortage(cfg: DictDefault, train_dataset: Any, free_bytes: float) -
         verdict = "" if remedy.forecast.total <= free_bytes else ", still too much"
         lines.append(f"  {remedy.change} ({remedy.forecast.total / GIB:.1f} GiB{verdict}, {remedy.effect})")
     if len(lines) == 1:
-        lines.append("  nothing that a key can change: use a larger GPU, or split the model with `fsdp_config`")
+        lines.append(f"  {NO_REMEDY}")
     return "\n".join(lines)
 
 
@@ -237,12 +237,6 @@ def draw_curve(values: list[float], width: int = 64, height: int = 6) -> list[st
     return [
         "".join(" ▁▂▃▄▅▆▇█"[min(max(level - 8 * row, 0), 8)] for level in eighths) for row in reversed(range(height))
     ]
-
-
-def _is_built(remedy: Remedy) -> bool:
-    """Whether the keys that a remedy names are accepted."""
-    keys = [part.partition(":")[0] for part in remedy.change.split(", ") if ": " in part]
-    return not not_built_problems(dict.fromkeys(keys, True))
 
 
 def _method(cfg: DictDefault) -> str:
@@ -328,4 +322,4 @@ def _render_forecast(plan: Plan, needed: Forecast, console: Console) -> None:
         verdict = "[green]fits[/green]" if fits else "[red]still too large[/red]"
         console.print(f"  {remedy.change}: {remedy.forecast.total / GIB:.2f} GiB, {verdict} ({remedy.effect})")
     if not plan.remedies:
-        console.print("  nothing that a key can change: use a larger GPU, or split the model with `fsdp_config`")
+        console.print(f"  {NO_REMEDY}")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, did_you_mean
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -387,14 +387,13 @@ def load_plugin(plugin_name: str) -> BasePlugin:
     module_name, _, class_name = str(plugin_name).rpartition(".")
     if not module_name:
         raise PluginError(
-            f"`plugins: [{plugin_name}]` is not of the form module.ClassName.{_did_you_mean(plugin_name)}"
+            f"`plugins: [{plugin_name}]` is not of the form module.ClassName.{_near_plugins(plugin_name)}"
         )
     modules = _import_candidates(module_name, plugin_name)
     plugin_cls = next((getattr(module, class_name) for module in modules if hasattr(module, class_name)), None)
     if plugin_cls is None:
         names = [name for module in modules for name in dir(module) if name.endswith("Plugin") and name != "BasePlugin"]
-        near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.3)
-        hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+        hint = did_you_mean(class_name, names, n=3, cutoff=0.3)
         raise PluginError(f"`plugins: [{plugin_name}]`: the module `{module_name}` has no class `{class_name}`.{hint}")
     plugin = plugin_cls() if isinstance(plugin_cls, type) else None
     if not isinstance(plugin, BasePlugin):
@@ -424,14 +423,14 @@ def _import_candidates(module_name: str, plugin_name: str) -> list[types.ModuleT
             raise PluginError(f"`plugins: [{plugin_name}]` cannot be loaded: {err}") from err
     if not modules:
         raise PluginError(
-            f"`plugins: [{plugin_name}]` cannot be found: there is no module `{module_name}`.{_did_you_mean(plugin_name)} "
+            f"`plugins: [{plugin_name}]` cannot be found: there is no module `{module_name}`.{_near_plugins(plugin_name)} "
             "A plugin of your own must be installed in this Python environment (`pip install -e .` in its folder)."
         )
     return modules
 
 
-def _did_you_mean(plugin_name: str) -> str:
-    """Name our plugins that are spelt like `plugin_name`, by folder name, or list the folders there are."""
+def _near_plugins(plugin_name: str) -> str:
+    """A hint that names our plugins that are spelt like `plugin_name`, by folder; empty when there are none."""
     package = importlib.import_module(OUR_PACKAGE)
     folders = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if info.ispkg)
     words = [word.lower() for word in str(plugin_name).split(".")]

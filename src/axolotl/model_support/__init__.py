@@ -1,6 +1,7 @@
-"""What differs between architectures: one row per `model_type`, and nobody else compares `model_type`.
+"""What differs between architectures: one row per `model_type`.
 
-In: a `model_type`. Out: its `ModelSupport`; an unknown architecture gets the default row, which fits most decoders.
+In: a `model_type`. Out: its `ModelSupport`; an unknown architecture gets the default row, which fits most decoders. Which
+architectures a single feature is tested with stands with the feature.
 """
 
 from axolotl._lazy import lazy_names

@@ -14,9 +14,6 @@ class ModelSupport:
         int8_skip_modules: modules that bitsandbytes must not quantize.
         quant_storage: dtype name in which packed 4-bit weights are stored; FSDP wants it equal to the other weights.
         lora_kernels_refused: why the fused LoRA kernels do not fit, or None.
-        moe_blocks: class names of expert blocks, the leaves of DeepSpeed ZeRO-3.
-        derived_from: family that a few defaults go by: llama, mistral, falcon, qwen.
-        attention_mask_refused: why the collator must not give an attention mask, or None.
         varlen_refused: why document borders do not reach its attention, although it says so to transformers, or None.
     """
 
@@ -24,9 +21,6 @@ class ModelSupport:
     int8_skip_modules: tuple[str, ...] = ()
     quant_storage: str = "bfloat16"
     lora_kernels_refused: str | None = None
-    moe_blocks: tuple[str, ...] = ()
-    derived_from: str | None = None
-    attention_mask_refused: str | None = None
     varlen_refused: str | None = None
 
 
@@ -38,17 +32,12 @@ _GPT2 = ("wte", "lm_head")
 DEFAULT = ModelSupport()
 
 MODEL_SUPPORT: dict[str, ModelSupport] = {
-    "llama": ModelSupport(derived_from="llama"),
-    "llama4_text": ModelSupport(moe_blocks=("Llama4TextMoe",)),
-    "mistral": ModelSupport(derived_from="mistral"),
-    "mixtral": ModelSupport(derived_from="mistral", moe_blocks=("MixtralSparseMoeBlock",)),
-    "qwen2_moe": ModelSupport(quant_storage="float32", moe_blocks=("Qwen2MoeSparseMoeBlock",)),
-    "qwen3_moe": ModelSupport(moe_blocks=("Qwen3MoeSparseMoeBlock",)),
-    "gpt_oss": ModelSupport(moe_blocks=("GptOssMLP",), lora_kernels_refused="its experts are fused parameters"),
-    "deepseek_v2": ModelSupport(moe_blocks=("DeepseekV2MoE",), lora_kernels_refused="latent attention has no q, k, v layers"),
-    "deepseek_v3": ModelSupport(moe_blocks=("DeepseekV3MoE",), lora_kernels_refused="latent attention has no q, k, v layers"),
-    "dbrx": ModelSupport(embedding_layers=_GPT2, moe_blocks=("DbrxFFN",), lora_kernels_refused="q, k and v are one layer"),
-    "falcon": ModelSupport(embedding_layers=_FALCON, derived_from="falcon", lora_kernels_refused="q, k and v are one layer"),
+    "qwen2_moe": ModelSupport(quant_storage="float32"),
+    "gpt_oss": ModelSupport(lora_kernels_refused="its experts are fused parameters"),
+    "deepseek_v2": ModelSupport(lora_kernels_refused="latent attention has no q, k, v layers"),
+    "deepseek_v3": ModelSupport(lora_kernels_refused="latent attention has no q, k, v layers"),
+    "dbrx": ModelSupport(embedding_layers=_GPT2, lora_kernels_refused="q, k and v are one layer"),
+    "falcon": ModelSupport(embedding_layers=_FALCON, lora_kernels_refused="q, k and v are one layer"),
     "bloom": ModelSupport(embedding_layers=_FALCON, lora_kernels_refused="q, k and v are one layer"),
     "gpt_neox": ModelSupport(embedding_layers=_GPT_NEOX, lora_kernels_refused="q, k and v are one layer"),
     "gpt2": ModelSupport(embedding_layers=_GPT2, lora_kernels_refused="q, k and v are one layer"),
@@ -56,13 +45,8 @@ MODEL_SUPPORT: dict[str, ModelSupport] = {
     "gptj": ModelSupport(embedding_layers=_GPT2),
     "codegen": ModelSupport(embedding_layers=_GPT2),
     "phi3": ModelSupport(lora_kernels_refused="q, k and v are one layer"),
-    "mamba": ModelSupport(
-        embedding_layers=("embeddings", "lm_head"), int8_skip_modules=("mixer",), lora_kernels_refused=_SSM,
-        attention_mask_refused="a state-space model has no attention",
-    ),
-    "jamba": ModelSupport(
-        quant_storage="float32", int8_skip_modules=("mamba",), lora_kernels_refused=_SSM, moe_blocks=("JambaSparseMoeBlock",)
-    ),
+    "mamba": ModelSupport(embedding_layers=("embeddings", "lm_head"), int8_skip_modules=("mixer",), lora_kernels_refused=_SSM),
+    "jamba": ModelSupport(quant_storage="float32", int8_skip_modules=("mamba",), lora_kernels_refused=_SSM),
     "falcon_h1": ModelSupport(int8_skip_modules=("mamba",), lora_kernels_refused=_SSM),
     "nemotron_h": ModelSupport(
         embedding_layers=("embeddings", "lm_head"), quant_storage="float32", int8_skip_modules=("mixer",), lora_kernels_refused=_SSM

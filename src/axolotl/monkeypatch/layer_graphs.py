@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PretrainedConfig
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, first_line
 from axolotl.monkeypatch.compile_layers import CompiledForward, runs_compiled
 from axolotl.monkeypatch.lora_kernels import get_layers
 from axolotl.utils.dict import DictDefault, note_choice
@@ -121,7 +121,9 @@ class _Replay(torch.autograd.Function):
     """One layer. The gradients of its parameters are accumulated by autograd like any others."""
 
     @staticmethod
-    def forward(ctx, graph: _LayerGraph, run: _Pass, is_first: bool, hidden: torch.Tensor, *parameters: nn.Parameter):
+    def forward(
+        ctx: Any, graph: _LayerGraph, run: _Pass, is_first: bool, hidden: torch.Tensor, *parameters: nn.Parameter
+    ) -> torch.Tensor:
         if hidden.data_ptr() != graph.hidden.data_ptr():
             graph.hidden.copy_(hidden)
         graph.forward.replay()
@@ -130,7 +132,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         graph = ctx.graph
         if grad_output.data_ptr() != graph.grad_output.data_ptr():
             graph.grad_output.copy_(grad_output)
@@ -254,7 +256,7 @@ class LayerGraphs:
             with torch.cuda.stream(stream):
                 self._record_layers(hidden.detach().clone().requires_grad_(hidden.requires_grad), kwargs, recording)
         except RuntimeError as error:
-            self._give_up(str(error).strip().splitlines()[0])
+            self._give_up(first_line(error))
             return None
         finally:
             torch.cuda.current_stream().wait_stream(stream)
@@ -289,7 +291,7 @@ class LayerGraphs:
         recorded = []
         for index in range(self._count):
             graph = torch.cuda.CUDAGraph()
-            with _capture(graph, self._pool):
+            with _Capture(graph, self._pool):
                 output = self._calls[index](hidden, **kwargs)
             if not isinstance(output, torch.Tensor):
                 raise RuntimeError(f"a layer returns a {type(output).__name__}")
@@ -300,7 +302,7 @@ class LayerGraphs:
             forward, hidden, output = recorded.pop()
             parameters = self._parameters[len(recorded)]
             graph = torch.cuda.CUDAGraph()
-            with _capture(graph, self._pool):
+            with _Capture(graph, self._pool):
                 wanted = [hidden, *parameters] if hidden.requires_grad else parameters
                 grads = list(torch.autograd.grad(output, wanted, grad_output))
                 grad_hidden = grads.pop(0) if hidden.requires_grad else None
@@ -317,7 +319,7 @@ class LayerGraphs:
                 grad_output = grad_hidden
 
 
-class _capture:
+class _Capture:
     """Record what the current stream is given. Unlike `torch.cuda.graph`, collects no garbage for every graph."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl.exceptions import ConfigError
+from axolotl.loaders.utils import plain_model
 from axolotl.monkeypatch.attention import shifted, varlen
 from axolotl.monkeypatch.attention.documents import (
     MASK_BUILDERS,
@@ -71,7 +72,7 @@ def _always(cfg: DictDefault) -> bool:
 
 
 def _add_document_hook(cfg: DictDefault, model: nn.Module | None) -> None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = plain_model(model)
     if isinstance(base, PreTrainedModel):
         used = base.config._attn_implementation or ""
         ours = used in (varlen.NAME, shifted.NAME)
@@ -80,7 +81,7 @@ def _add_document_hook(cfg: DictDefault, model: nn.Module | None) -> None:
 
 
 def _base_of(model: nn.Module | None) -> PreTrainedModel:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = plain_model(model)
     assert isinstance(base, PreTrainedModel)
     return base
 
@@ -152,9 +153,8 @@ def _apply_activation_policies(cfg: DictDefault, model: nn.Module | None) -> Non
     assert model is not None
     wanted, selection = cfg.selective_checkpointing, None
     if cfg.activation_offloading is None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
         machine = {"has_gpu": torch.cuda.is_available(), "free_host_bytes": free_host_memory()}
-        config: Any = base.config
+        config = plain_model(model).config
         if why_not_offloaded_by_default(cfg, config, num_processes=get_world_size(), **machine) is None:
             note_choice(cfg, "activation_offloading", True, "the copies to host memory hide behind the layers")
             cfg["activation_offloading"] = True

@@ -23,9 +23,12 @@ def flashattn_forward_with_s2attn(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor] | None]:
-    """Shifted sparse attention of LongLoRA for a Llama layer.
+    """Shifted sparse attention of LongLoRA as the forward of an attention layer of older transformers.
 
     Raises:
-        NotBuiltError: always; `s2_attention` is refused. Plain flash attention over long rows replaces it.
+        NotBuiltError: always; layers call an attention function, and `s2_attention: true` registers one.
     """
-    raise NotBuiltError("`s2_attention` is not built. Write `flash_attention: true`; its memory grows linearly too.")
+    raise NotBuiltError(
+        "No layer of today's transformers takes a forward like this one. Write `s2_attention: true`, which registers shifted "
+        "sparse attention."
+    )

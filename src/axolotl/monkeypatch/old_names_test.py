@@ -48,10 +48,10 @@ def test_expanded_mask_keeps_documents_and_padding_apart() -> None:
     assert visible.tolist() == [[True, True, False, False]] * 2 + [[False, False, True, False], [False] * 4]
 
 
-def test_shifted_attention_is_refused() -> None:
+def test_the_forward_for_shifted_attention_names_the_key() -> None:
     from axolotl.monkeypatch.llama_attn_hijack_flash import flashattn_forward_with_s2attn
 
-    with pytest.raises(NotBuiltError, match="flash_attention: true"):
+    with pytest.raises(NotBuiltError, match="s2_attention: true"):
         flashattn_forward_with_s2attn(torch.nn.Identity(), torch.zeros(1, 1, 1))
 
 

@@ -24,8 +24,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import TrainerCallback
 
-from axolotl.loaders.adapter_init import ADAPTER
+from axolotl.loaders.adapter_init import ADAPTER, PEFT_PREFIX
 from axolotl.loaders.quantization import requantize_
+from axolotl.loaders.utils import read_seed
 from axolotl.monkeypatch.relora_optimizer import PRUNE_RATIOS, prune_optimizer_state
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import barrier, is_main_process
@@ -36,7 +37,6 @@ from axolotl.utils.merge.base import BaseWeights
 LOG = get_logger(__name__)
 
 RELORA = "relora"
-PEFT_PREFIX = "base_model.model."
 
 
 class ReLoRACallback(TrainerCallback):
@@ -54,7 +54,7 @@ class ReLoRACallback(TrainerCallback):
         self.prune_method = str(cfg.relora_prune_method or "magnitude")
         ratio = cfg.relora_prune_ratio
         self.prune_ratio = PRUNE_RATIOS[self.prune_method] if ratio is None else float(ratio)
-        self.seed = int(cfg.seed if cfg.seed is not None else 42)
+        self.seed = read_seed(cfg)
         self.base = str(cfg.base_model)
         self.revision = cfg.revision_of_model
         self.trust_remote_code = bool(cfg.trust_remote_code)
@@ -73,7 +73,6 @@ class ReLoRACallback(TrainerCallback):
     ) -> None:
         if state.global_step == 0 or state.global_step % self.every:
             return
-        model = _unwrap(model)
         self._merge(model)
         read_base(model, self.merged)
         self.num_restarts += 1
@@ -131,12 +130,8 @@ class ReLoRACallback(TrainerCallback):
                 shutil.copytree(folder / RELORA, self.merged, copy_function=_link)
         barrier()
         if self.merged.is_dir():
-            read_base(_unwrap(model), self.merged)
-            _unwrap(model).peft_config[ADAPTER].base_model_name_or_path = str(self.merged.resolve())
-
-
-def _unwrap(model: Any) -> PeftModel:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+            read_base(model, self.merged)
+            model.peft_config[ADAPTER].base_model_name_or_path = str(self.merged.resolve())
 
 
 def _link(source: str, target: str) -> None:

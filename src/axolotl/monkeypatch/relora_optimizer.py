@@ -78,6 +78,11 @@ def _codes(state: dict[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor
     return None if table is None or largest is None else (table, largest)
 
 
+def _is_packed(moment: torch.Tensor) -> bool:
+    """Whether a moment is a tensor of torchao, which packs its values."""
+    return type(moment) is not torch.Tensor
+
+
 def _values(state: dict[str, Any], name: str, moment: torch.Tensor) -> torch.Tensor | None:
     """A moment as floats; None for what is no moment."""
     if moment.dtype == torch.uint8:
@@ -89,7 +94,7 @@ def _values(state: dict[str, Any], name: str, moment: torch.Tensor) -> torch.Ten
         block = next(size for size in (256, 512, 1024, 2048, 4096, 2**62) if size >= block)
         scale = largest.repeat_interleave(min(block, moment.numel()))[: moment.numel()]
         return (table[moment.flatten().long()] * scale).reshape(moment.shape)
-    if hasattr(moment, "dequantize") and type(moment) is not torch.Tensor:
+    if _is_packed(moment):
         return moment.dequantize()
     return moment if moment.is_floating_point() else None
 
@@ -99,7 +104,7 @@ def _set_zero(state: dict[str, Any], name: str, moment: torch.Tensor, where: tor
         codes = _codes(state, name)
         assert codes is not None
         moment[where] = int(codes[0].abs().argmin())
-    elif type(moment) is not torch.Tensor and hasattr(moment, "dequantize"):
+    elif _is_packed(moment):
         moment.copy_(moment.dequantize().masked_fill(where, 0.0))
     else:
         moment.masked_fill_(where, 0.0)

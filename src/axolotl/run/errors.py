@@ -8,7 +8,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler
 
 from axolotl.core.trainers.batch_size import what_would_help
-from axolotl.exceptions import AxolotlError
+from axolotl.exceptions import AxolotlError, first_line
 from axolotl.utils.dict import DictDefault
 
 
@@ -21,7 +21,7 @@ def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> 
     return (
         f"Out of memory at step {trainer.state.global_step + 1}{peak}, with `micro_batch_size: {cfg.micro_batch_size}` and "
         f"`sequence_len: {cfg.sequence_len}`. Checkpoints in {cfg.output_dir} are whole. Try, one after the other: "
-        f"{what_would_help(cfg)}. The library said: {str(error).splitlines()[0]}"
+        f"{what_would_help(cfg)}. The library said: {first_line(error)}"
     )
 
 

@@ -159,6 +159,19 @@ def gather_from_all_ranks(fn: Callable[[], T], world_size: int = 1, rank: int = 
     return values
 
 
+def gather_on_all_ranks(value: T) -> list[T]:
+    """The values of all ranks, in the order of the ranks, on every rank.
+
+    Args:
+        value: of this rank; can be pickled.
+    """
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def reduce_and_broadcast(fn1: Callable[[], Any], fn2: Callable[[list], T], world_size: int = 1) -> T:
     """Run `fn1` on all ranks, reduce the results with `fn2` on the first, and give the outcome to all.
 

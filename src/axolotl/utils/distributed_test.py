@@ -64,6 +64,7 @@ def test_two_ranks(tmp_path):
         big = 2**53 + 1  # a float would round it
         assert distributed.gather_scalar_from_all_ranks(lambda: big + rank, 2) == ([big, big + 1] if rank == 0 else None)
         assert distributed.gather_from_all_ranks(lambda: {{"rank": rank}}) == ([{{"rank": 0}}, {{"rank": 1}}] if rank == 0 else None)
+        assert distributed.gather_on_all_ranks({{"rank": rank}}) == [{{"rank": 0}}, {{"rank": 1}}]
         assert distributed.compute_and_broadcast(lambda: big if rank == 0 else 1 / 0) == big
         assert distributed.reduce_and_broadcast(lambda: rank + 0.5, sum) == 2.0
         assert distributed.broadcast_dict({{"rank": rank}}) == {{"rank": 0}}
@@ -120,6 +121,7 @@ class TestOneProcess:
         assert distributed.get_world_size() == 1 and distributed.get_rank() == 0
         assert distributed.compute_and_broadcast(lambda: 3) == 3
         assert distributed.gather_scalar_from_all_ranks(lambda: 3, world_size=1) == [3]
+        assert distributed.gather_on_all_ranks("one") == ["one"]
         assert distributed.reduce_and_broadcast(lambda: 3, max) == 3
         assert distributed.broadcast_dict({"a": 1}) == {"a": 1}
         distributed.barrier()

@@ -7,7 +7,6 @@ one of them or of those of transformers.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -21,10 +20,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
 
-from axolotl.exceptions import ConfigError
+from axolotl.exceptions import ConfigError, did_you_mean
 
 # Rates of these follow the evaluations: nothing can be said about them in advance, and nothing can wrap them.
 BY_METRIC: dict[str, type] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+# Arguments of schedules that the run gives, or that say the same as those.
 NOT_OPTIONS = (
     "self",
     "optimizer",
@@ -33,9 +33,10 @@ NOT_OPTIONS = (
     "last_epoch",
     "max_lr",
     "total_steps",
+    "epochs",
+    "steps_per_epoch",
     "verbose",
 )
-
 
 # What a checkpoint says about a schedule: where it stands. `_last_lr` is what was logged.
 POSITION = ("base_lrs", "last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr")
@@ -391,8 +392,7 @@ def check_scheduler_kwargs(schedule: Schedule) -> None:
     problems = []
     for key in schedule.kwargs:
         if key not in takes:
-            near = difflib.get_close_matches(key, takes, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            hint = did_you_mean(key, takes)
             options = f"It has: {', '.join(sorted(takes))}." if takes else "It has none."
             problems.append(
                 f"`lr_scheduler_kwargs: {{{key}: {schedule.kwargs[key]}}}` is no option of `lr_scheduler: {schedule.name}`.{hint} {options}"
@@ -436,6 +436,7 @@ def follow_own_curve(scheduler: Any) -> bool:
 
 
 def _options_of(name: str) -> dict[str, inspect.Parameter]:
+    """What `lr_scheduler_kwargs` may hold for a schedule."""
     if name == "rex":
         return {}
     if name in BY_METRIC:
@@ -444,8 +445,7 @@ def _options_of(name: str) -> dict[str, inspect.Parameter]:
         target = OneCycleLR.__init__
     else:
         target = TYPE_TO_SCHEDULER_FUNCTION[name]
-    hidden = (*NOT_OPTIONS, "epochs", "steps_per_epoch")
-    return {key: value for key, value in inspect.signature(target).parameters.items() if key not in hidden}
+    return {key: value for key, value in inspect.signature(target).parameters.items() if key not in NOT_OPTIONS}
 
 
 def learning_rates(schedule: Schedule, num_warmup_steps: int, num_training_steps: int) -> list[float]:

@@ -13,14 +13,7 @@ import torch
 from torch import nn
 
 from axolotl.integrations.liger import swap
-from axolotl.integrations.liger.swap import (
-    NOT_MADE_FOR,
-    become,
-    plain,
-    random_numbers,
-    small_copy,
-    why_not_swapped,
-)
+from axolotl.integrations.liger.swap import NOT_MADE_FOR, plain, random_numbers, small_copy, swap_each
 from axolotl.kernels.glu import Activation, gated, gated_forward
 
 _APART = ("gate_proj", "up_proj", "down_proj")
@@ -83,18 +76,11 @@ def _mlp_forward(names: tuple[str, ...], act: Activation) -> Callable[..., torch
 
 def fuse_gated_mlps(model: nn.Module) -> list[str | None]:
     """Swap the gated MLPs of `model`. Returns, for each, why it stays as it is, or None."""
-    results: list[str | None] = []
-    for module in list(model.modules()):
-        names = read_projections(module)
-        if names is None:
-            continue
-        reason = why_not_swapped(module)
-        if reason is None:
-            # Each by itself: layers of one class may differ in an attribute.
-            act = read_activation(module, names)
-            if act in get_args(Activation):
-                become(module, _mlp_forward(names, act))
-            else:
-                reason = act
-        results.append(reason)
-    return results
+
+    def find_forward(mlp: nn.Module) -> Callable[..., torch.Tensor] | str:
+        names = read_projections(mlp)
+        assert names is not None
+        act = read_activation(mlp, names)
+        return _mlp_forward(names, act) if act in get_args(Activation) else act
+
+    return swap_each(model, lambda module: read_projections(module) is not None, find_forward)

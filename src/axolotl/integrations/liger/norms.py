@@ -16,14 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from axolotl.integrations.liger import swap
-from axolotl.integrations.liger.swap import (
-    NOT_MADE_FOR,
-    become,
-    plain,
-    random_numbers,
-    small_copy,
-    why_not_swapped,
-)
+from axolotl.integrations.liger.swap import NOT_MADE_FOR, plain, random_numbers, small_copy, swap_each
 from axolotl.kernels.glu import gated
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
@@ -155,19 +148,12 @@ def fuse_rms_norms(model: nn.Module, kernel: RmsNorm, *, gate: bool) -> list[str
     Returns:
         For each norm, why it stays as it is, or None.
     """
-    results: list[str | None] = []
-    for module in list(model.modules()):
-        if not is_rms_norm(module) or is_gated(module) != gate:
-            continue
-        reason = why_not_swapped(module)
-        if reason is None:
-            kind = read_rms_norm(module)
-            if isinstance(kind, RmsNormKind):
-                become(module, _rms_norm_forward(kernel, kind))
-            else:
-                reason = kind
-        results.append(reason)
-    return results
+
+    def find_forward(norm: nn.Module) -> Callable[..., torch.Tensor] | str:
+        kind = read_rms_norm(norm)
+        return _rms_norm_forward(kernel, kind) if isinstance(kind, RmsNormKind) else kind
+
+    return swap_each(model, lambda module: is_rms_norm(module) and is_gated(module) == gate, find_forward)
 
 
 @functools.cache
@@ -182,14 +168,10 @@ def _layer_norm_forward(kernel: LayerNorm) -> Callable[..., torch.Tensor]:
 
 def fuse_layer_norms(model: nn.Module, kernel: LayerNorm) -> list[str | None]:
     """Swap the layer norms of `model`. Returns, for each, why it stays as it is, or None."""
-    results: list[str | None] = []
-    for module in list(model.modules()):
-        if not isinstance(module, nn.LayerNorm):
-            continue
-        reason = why_not_swapped(module)
-        if reason is None and (type(module) is not nn.LayerNorm or module.bias is None or module.weight.dim() != 1):
-            reason = "it is no layer norm over channels with a weight and a bias"
-        if reason is None:
-            become(module, _layer_norm_forward(kernel))
-        results.append(reason)
-    return results
+
+    def find_forward(norm: nn.Module) -> Callable[..., torch.Tensor] | str:
+        if type(norm) is not nn.LayerNorm or norm.bias is None or norm.weight.dim() != 1:
+            return "it is no layer norm over channels with a weight and a bias"
+        return _layer_norm_forward(kernel)
+
+    return swap_each(model, lambda module: isinstance(module, nn.LayerNorm), find_forward)

@@ -48,6 +48,30 @@ def restore(model: nn.Module) -> None:
             module.__class__ = getattr(type(module), _BASE)
 
 
+def swap_each(
+    model: nn.Module,
+    is_wanted: Callable[[nn.Module], bool],
+    find_forward: Callable[[nn.Module], Callable[..., torch.Tensor] | str],
+) -> list[str | None]:
+    """Let the modules of a kind compute by another forward, each by itself: those of one class may differ in an attribute.
+
+    Args:
+        model: its modules are changed in place.
+        is_wanted: whether a module is of the kind.
+        find_forward: the forward that computes what a module does, for `become`; or why there is none.
+
+    Returns:
+        For each module of the kind, why it stays as it is, or None.
+    """
+    results: list[str | None] = []
+    for module in [module for module in model.modules() if is_wanted(module)]:
+        found = why_not_swapped(module) or find_forward(module)
+        if not isinstance(found, str):
+            become(module, found)
+        results.append(found if isinstance(found, str) else None)
+    return results
+
+
 def why_not_swapped(module: nn.Module) -> str | None:
     """Why a module must stay as it is, whatever it computes; None when it may be swapped."""
     if hasattr(type(module), _BASE):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from axolotl.exceptions import ModelError
 from axolotl.kernels.quantize import split_state
+from axolotl.loaders.utils import plain_model
 from axolotl.monkeypatch.gradient_checkpointing.offload_cpu import HostStore
 from axolotl.monkeypatch.gradient_checkpointing.offload_disk import Disco
 from axolotl.monkeypatch.gradient_checkpointing.selective import Selection, Tally
@@ -148,7 +149,7 @@ def apply_activation_policies(
     Raises:
         ModelError: the model switches checkpointing on in a way of its own.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = plain_model(model)
     if (
         not isinstance(base, PreTrainedModel)
         or "value" in inspect.signature(base._set_gradient_checkpointing).parameters

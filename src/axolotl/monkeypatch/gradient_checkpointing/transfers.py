@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from axolotl.exceptions import first_line
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -55,7 +56,7 @@ def empty_on_host(like: torch.Tensor, *, pinned: bool) -> torch.Tensor:
         return torch.empty_like(like, device="cpu", pin_memory=True)
     except RuntimeError as error:
         LOG.warning_once(
-            f"The system gives no more page-locked memory ({str(error).splitlines()[0]}): activations go to ordinary "
+            f"The system gives no more page-locked memory ({first_line(error)}): activations go to ordinary "
             "memory, and copies no longer run beside the computation."
         )
         return torch.empty_like(like, device="cpu")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from axolotl.exceptions import DatasetError
 from axolotl.loaders.utils import plain_model
-from axolotl.utils.callbacks.generation import generating, is_sharded, tokenizer_of
+from axolotl.utils.callbacks.generation import generating, share_of, tokenizer_of
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.distributed import gather_on_all_ranks
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -117,15 +117,10 @@ class BenchEvalCallback(TrainerCallback):
     def compute(self) -> dict[str, float]:
         """The metrics over all questions, the same on all ranks."""
         trainer = self.trainer
-        rank, num_ranks = trainer.args.process_index, max(1, trainer.args.world_size)
-        if is_sharded(trainer):
-            rank, num_ranks = 0, 1
+        rank, num_ranks = share_of(trainer)
         with generating(trainer) as model:
             answers = [answer(model, tokenizer_of(trainer), question) for question in self.questions[rank::num_ranks]]
-        shares: list[Any] = [answers]
-        if num_ranks > 1:
-            shares = [None] * num_ranks
-            dist.all_gather_object(shares, answers)
+        shares = gather_on_all_ranks(answers) if num_ranks > 1 else [answers]
         right: dict[str, list[bool]] = defaultdict(list)
         losses = []
         for index, share in enumerate(shares):

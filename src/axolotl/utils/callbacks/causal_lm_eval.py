@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from axolotl.core.trainers.causal_loss import perplexity
@@ -17,11 +16,12 @@ from axolotl.utils.callbacks.generation import (
     generate_answers,
     generating,
     is_sharded,
+    share_of,
     split_row,
     tokenizer_of,
 )
 from axolotl.utils.callbacks.perplexity import Perplexity
-from axolotl.utils.distributed import compute_and_broadcast
+from axolotl.utils.distributed import compute_and_broadcast, gather_on_all_ranks
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -81,6 +81,24 @@ def compute_metric(metric: str, sources: list[str], predictions: list[str], refe
     return float(corpus(predictions, [references]).score)
 
 
+class Answers(NamedTuple):
+    """What one rank says of its rows.
+
+    Attributes:
+        sources: prompts.
+        predictions: what the model wrote; empty when only the perplexity is asked for.
+        references: what it should have written.
+        total_loss: of the tokens of the references; 0 when the perplexity is not asked for.
+        num_tokens: whose losses these are.
+    """
+
+    sources: list[str]
+    predictions: list[str]
+    references: list[str]
+    total_loss: float
+    num_tokens: int
+
+
 class CausalLMBenchEvalCallback(TrainerCallback):
     """Answers every row of the evaluation set greedily and adds `eval_<metric>` to the metrics of the evaluation.
 
@@ -114,11 +132,28 @@ class CausalLMBenchEvalCallback(TrainerCallback):
 
     def compute(self, rows: Any) -> dict[str, float]:
         """The metrics over all rows, the same on all ranks."""
+        rank, num_ranks = share_of(self.trainer)
+        mine = self._answer([rows[index] for index in range(rank, len(rows), num_ranks)])
+        shares = gather_on_all_ranks(mine) if num_ranks > 1 else [mine]
+        sources = [text for share in shares for text in share.sources]
+        predictions = [text for share in shares for text in share.predictions]
+        references = [text for share in shares for text in share.references]
+        scores = compute_and_broadcast(
+            lambda: {
+                f"eval_{metric}": compute_metric(metric, sources, predictions, references)
+                for metric in self.metrics
+                if metric != PERPLEXITY
+            }
+        )
+        total, count = sum(share.total_loss for share in shares), sum(share.num_tokens for share in shares)
+        if PERPLEXITY in self.metrics and count:
+            scores["eval_perplexity"] = perplexity(total / count)
+        return scores
+
+    def _answer(self, rows: list[Any]) -> Answers:
+        """What the model writes for some rows."""
         trainer, tokenizer = self.trainer, self.perplexity.tokenizer
-        sharded = is_sharded(trainer)
-        rank, num_ranks = (0, 1) if sharded else (trainer.args.process_index, max(1, trainer.args.world_size))
-        mine = [rows[index] for index in range(rank, len(rows), num_ranks)]
-        parts = [split_row(row["input_ids"], row["labels"], self.settings.prompt_ratio) for row in mine]
+        parts = [split_row(row["input_ids"], row["labels"], self.settings.prompt_ratio) for row in rows]
         sources, references = (
             tokenizer.batch_decode([part[place] for part in parts], skip_special_tokens=True) for place in (0, 1)
         )
@@ -133,24 +168,9 @@ class CausalLMBenchEvalCallback(TrainerCallback):
                     self.settings,
                     find_stops(tokenizer, model, [answer for _, answer in parts]),
                     batch_size=trainer.args.per_device_eval_batch_size,
-                    synced_gpus=sharded,
+                    synced_gpus=is_sharded(trainer),
                 )
                 predictions = tokenizer.batch_decode(answers, skip_special_tokens=True)
             if PERPLEXITY in self.metrics:
                 total, count = self.perplexity.sum_losses(model, references)
-        shares: list[Any] = [(sources, predictions, references, total, count)]
-        if num_ranks > 1:
-            shares = [None] * num_ranks
-            dist.all_gather_object(shares, (sources, predictions, references, total, count))
-        sources, predictions, references = ([text for share in shares for text in share[place]] for place in range(3))
-        scores = compute_and_broadcast(
-            lambda: {
-                f"eval_{metric}": compute_metric(metric, sources, predictions, references)
-                for metric in self.metrics
-                if metric != PERPLEXITY
-            }
-        )
-        total, count = (sum(share[place] for share in shares) for place in (3, 4))
-        if PERPLEXITY in self.metrics and count:
-            scores["eval_perplexity"] = perplexity(total / count)
-        return scores
+        return Answers(sources, predictions, references, total, count)

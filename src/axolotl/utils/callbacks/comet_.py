@@ -1,4 +1,4 @@
-"""Comet module for trainer callbacks."""
+"""Comet: the key is checked early, the config is uploaded, the experiment ends with the run."""
 
 from __future__ import annotations
 

@@ -87,6 +87,11 @@ def is_sharded(trainer: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
 
 
+def share_of(trainer: Any) -> tuple[int, int]:
+    """(rank, number of ranks) by which rows are dealt out. Where weights are sharded, all ranks answer all rows, in step."""
+    return (0, 1) if is_sharded(trainer) else (trainer.args.process_index, max(1, trainer.args.world_size))
+
+
 def on_first_rank(trainer: Any, function: Callable[[], T]) -> T:
     """Run a function that uses the model on the first rank, or on all where the weights are sharded; all get the result.
 
@@ -274,8 +279,5 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _short(text: str) -> str:
-    return (
-        text
-        if len(text) <= SHOWN_CHARACTERS
-        else f"{text[: SHOWN_CHARACTERS // 2]} [...] {text[-SHOWN_CHARACTERS // 2 :]}"
-    )
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"

@@ -1,4 +1,4 @@
-"""MLflow module for trainer callbacks."""
+"""MLflow: the server is checked early, the config is uploaded, the run there ends as ours does."""
 
 from __future__ import annotations
 

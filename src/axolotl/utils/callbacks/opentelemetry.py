@@ -80,7 +80,7 @@ class OpenTelemetryMetricsCallback(TrackerCallback):
         try:
             self.server, _ = start_http_server(self.port, addr=self.host)
         except OSError as error:
-            raise address_error(self.host, self.port, error) from error
+            raise _address_error(self.host, self.port, error) from error
         self.port = self.server.server_port
         # A provider of its own: that of the process, if there is one, belongs to somebody else.
         self.provider = MeterProvider(metric_readers=[PrometheusMetricReader()])
@@ -132,10 +132,10 @@ def check_address(cfg: DictDefault) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:
-        raise address_error(host, port, error) from error
+        raise _address_error(host, port, error) from error
 
 
-def address_error(host: str, port: int, error: Exception) -> ConfigError:
+def _address_error(host: str, port: int, error: Exception) -> ConfigError:
     return ConfigError(
         f"`otel_metrics_host: {host}` with `otel_metrics_port: {port}` cannot be listened on: {error}. Write another port, or "
         "`otel_metrics_port: 0` for any free one."

@@ -1,4 +1,4 @@
-"""Callback to calculate perplexity as an evaluation metric."""
+"""Perplexity of a model on texts, as an evaluation metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HF Trainer callback for creating pytorch profiling snapshots."""
+"""`profiler_steps`: a profile of a window of steps, written to `output_dir`."""
 
 from __future__ import annotations
 

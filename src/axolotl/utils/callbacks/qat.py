@@ -1,4 +1,4 @@
-"""QAT Callback for HF Causal Trainer."""
+"""`qat`: fake quantization that begins after some steps."""
 
 from __future__ import annotations
 

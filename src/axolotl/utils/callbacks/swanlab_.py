@@ -1,4 +1,4 @@
-"""SwanLab module for trainer callbacks."""
+"""SwanLab: log lines, the config, the answers of online RL, and how the run ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard module for trainer callbacks."""
+"""TensorBoard: the config on one of its pages."""
 
 from __future__ import annotations
 

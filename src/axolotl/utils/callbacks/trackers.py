@@ -37,7 +37,7 @@ class Tracker:
     Attributes:
         switch: key that turns it on.
         title: its name in messages.
-        report_to: its name for transformers; None when transformers does not know it.
+        report_to: its name for transformers, whose callback reports to it; None where one of ours does.
         packages: import names, each with alternatives: one of every group must be installed.
         extra: extra of this package that installs them.
         callbacks: names of the callback classes that report to it. The last is a `TrackerCallback`.
@@ -227,7 +227,7 @@ class TrackerGuard:
         self.owns_run, self.ended = False, True
         try:
             self.ours.end_run(outcome)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - a tracker must not end a run
             self._count_failure(error)
 
     def _see_who_began(self, state: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trackio module for trainer callbacks."""
+"""Trackio: the config becomes a part of its settings, the run there ends with ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases module for trainer callbacks."""
+"""Weights & Biases: the login is checked early, the config is uploaded, the run there ends as ours does."""
 
 from __future__ import annotations
 
