@@ -144,10 +144,6 @@ def _read_plan(p: _Projection) -> _Plan:
     return _Plan(p.quant, p.A.shape[0], p.scale, p.A.dtype, p.B.dtype)
 
 
-def _group(arguments: tuple[Any, ...]) -> list[_Projection]:
-    return [_Projection(*arguments[start : start + 6]) for start in range(0, len(arguments), 6)]
-
-
 def _dense(weight: torch.Tensor, quant: Any, dtype: torch.dtype) -> torch.Tensor:
     """(O, H) in `dtype`; a temporary when the weight is stored in another form."""
     return dequantize(weight, quant).to(dtype)

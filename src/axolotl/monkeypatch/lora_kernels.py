@@ -37,6 +37,7 @@ from axolotl.kernels.lora import (
     why_not_fused,
 )
 from axolotl.kernels.lora_ops import lay_in_a_row
+from axolotl.loaders.utils import plain_model
 from axolotl.model_support import read_model_support
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -202,7 +203,7 @@ def get_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: it has none.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = plain_model(model)
     for path in (
         "model.language_model.layers",
         "language_model.model.layers",

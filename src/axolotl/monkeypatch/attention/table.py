@@ -37,11 +37,6 @@ class AttentionBackend:
     package: str | None = None
     refused: str | None = None
 
-    @property
-    def knows_borders(self) -> bool:
-        """Whether packed documents stay apart: every backend that can be used keeps them apart."""
-        return self.refused is None
-
 
 # Values of `layer_types` in transformers' configs; "hybrid" layers hold attention beside a state space.
 _RECURRENT = frozenset(("linear_attention", "mamba", "conv", "recurrent", "hybrid"))
