@@ -18,12 +18,18 @@ from typing import Any
 
 import torch
 
+from axolotl.exceptions import first_line
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
 PACKAGE = "flash_attn.cute"
 GENERATIONS = (9, 10)
 """Major compute capabilities: Hopper, Blackwell. What the package has for others is no faster than PyTorch's kernel."""
 HEAD_SIZES = (64, 128)
 
 
+@functools.cache
 def is_installed() -> bool:
     """Whether the package can be imported, without importing it."""
     return importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec(PACKAGE) is not None
@@ -31,10 +37,23 @@ def is_installed() -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module whose two functions PyTorch's own registration of the package calls as well."""
+    """The module of the kernels, or None where it is not there or cannot be loaded, with a warning.
+
+    Its two functions are those that PyTorch's own registration of the package calls as well.
+    """
+    if not is_installed():
+        return None
     # Of an argument that the kernels do not use, each time one is made.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted to a JitArgument")
-    return importlib.import_module(f"{PACKAGE}.interface")
+    try:
+        module = importlib.import_module(f"{PACKAGE}.interface")
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        LOG.warning(f"flash-attn-4 is installed and not used, as it cannot be loaded: {first_line(error)}")
+        return None
+    if not (hasattr(module, "_flash_attn_fwd") and hasattr(module, "_flash_attn_bwd")):
+        LOG.warning("flash-attn-4 is installed and not used, as this version of it has other functions.")
+        return None
+    return module
 
 
 @torch.compiler.assume_constant_result
@@ -45,6 +64,7 @@ def is_usable(device: torch.device) -> bool:
         and is_installed()
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device)[0] in GENERATIONS
+        and _kernels() is not None
     )
 
 

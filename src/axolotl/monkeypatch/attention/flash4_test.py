@@ -140,6 +140,24 @@ def test_it_is_used_where_the_package_and_the_gpu_are_there(monkeypatch):
     assert table.resolve_attention(DictDefault(), LlamaConfig(head_dim=80), LlamaForCausalLM) is None
 
 
+@pytest.mark.parametrize("broken", ["import", "other functions"])
+def test_a_package_that_cannot_be_loaded_is_not_used(broken, monkeypatch, caplog):
+    monkeypatch.undo()  # the kernels of this file
+    flash4._kernels.cache_clear()
+
+    def load(name):
+        if broken == "import":
+            raise ImportError("No module named 'cutlass'")
+        return SimpleNamespace()
+
+    monkeypatch.setattr(flash4, "is_installed", lambda: True)
+    monkeypatch.setattr(flash4.importlib, "import_module", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not flash4.is_usable(torch.device("cuda"))
+    assert "flash-attn-4 is installed and not used" in caplog.text
+    flash4._kernels.cache_clear()
+
+
 def test_half_precision_of_other_shapes_keeps_its_kernel():
     wide = torch.randn(1, 4, 2, 8)
     assert not flash4.serves(wide, wide, wide)
