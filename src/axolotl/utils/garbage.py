@@ -79,9 +79,14 @@ def importing() -> Iterator[None]:
 
 
 @contextmanager
-def collecting_only_new() -> Iterator[None]:
-    """Garbage is looked for only among what is made from here on; a forked process copies no memory to look at the rest."""
-    if _Process.is_ours or gc.get_freeze_count():
+def collecting_only_new(*, after_setup: bool = False) -> Iterator[None]:
+    """Garbage is looked for only among what is made from here on; a forked process copies no memory to look at the rest.
+
+    Args:
+        after_setup: much has been made since the imports, such as a model, so that a process of our own sets that aside, too.
+            All of it is given back afterwards, with what was imported: the model may be let go then.
+    """
+    if gc.get_freeze_count() and not (_Process.is_ours and after_setup):
         yield
         return
     gc.freeze()

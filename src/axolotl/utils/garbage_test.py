@@ -39,6 +39,10 @@ assert frozen >= 1000 and gc.isenabled()
 with collecting_only_new():
     pass
 assert gc.get_freeze_count() == frozen  # not given back
+made = [[] for _ in range(1000)]
+with collecting_only_new(after_setup=True):
+    assert gc.get_freeze_count() >= frozen + 1000
+assert gc.get_freeze_count() == 0  # what was made may be let go
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

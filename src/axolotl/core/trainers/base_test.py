@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.causal_loss import perplexity
@@ -97,3 +98,16 @@ def test_models_are_not_given_masks_that_mask_nothing(tmp_path):
     losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=100).item() for batch in batches]
     assert seen[0] is None and seen[1] is padded["attention_mask"]
     assert losses[0] == pytest.approx(with_mask)
+
+
+def test_training_does_not_search_what_was_there_before_for_garbage(tmp_path):
+    class Watch(TrainerCallback):
+        frozen = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.frozen = gc.get_freeze_count()
+
+    watch = Watch()
+    before = gc.get_freeze_count()
+    make_trainer(tmp_path, max_steps=1, callbacks=[watch]).train()
+    assert watch.frozen > 10_000 and gc.get_freeze_count() == before
