@@ -479,6 +479,7 @@ try:
 except OutputError as error:
     said["error"] = str(error)
 (folder / f"said-{rank}.json").write_text(json.dumps(said))
+torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
 """
 
 
