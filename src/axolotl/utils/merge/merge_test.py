@@ -407,8 +407,9 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
         base = save_base(folder / "base", config, max_shard_size="20MB")
         save_adapter(base, folder / "adapter", target_modules="all-linear")
         command = [sys.executable, "-c", PEAK, str(base), str(folder / "adapter"), str(folder / "merged")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # The lower of two: pages of files that were read count until the kernel takes them back.
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
         sizes.append(sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2**20)
-        peaks.append(float(done.stdout.strip().splitlines()[-1]))
+        peaks.append(min(float(done.stdout.strip().splitlines()[-1]) for done in runs))
     print(f"models of {sizes} MiB, peaks of {peaks} MiB")
-    assert peaks[1] - peaks[0] < 0.35 * (sizes[1] - sizes[0])  # a merge in memory holds all of it, and more
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])
