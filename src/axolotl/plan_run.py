@@ -198,7 +198,7 @@ def _count_weights(model: PreTrainedModel, adapted: nn.Module) -> dict[str, Any]
     output = model.get_output_embeddings()
     linears = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
     embeddings = [m.weight for m in adapted.modules() if isinstance(m, nn.Embedding)]
-    head: nn.Module | None = adapted.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = adapted.get_output_embeddings()  # type: ignore[operator] - peft hands it on to the model
     return {
         "num_params": sum(p.numel() for p in adapted.parameters()),
         "num_trained": sum(p.numel() for p in adapted.parameters() if p.requires_grad),

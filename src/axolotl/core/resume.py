@@ -16,7 +16,7 @@ NO_MATTER = frozenset(
     dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers dataloader_pin_memory
     dataloader_prefetch_factor num_processes world_size local_rank device debug strict hub_strategy hub_model_id
     gc_steps gc_collect_steps include_tkps include_tokens_per_second profiler_steps profiler_steps_start
-    non_finite_policy ddp_timeout""".split()  # noqa: SIM905
+    non_finite_policy ddp_timeout""".split()  # noqa: SIM905 - a list of quoted words would take a page
 )
 NO_MATTER_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "use_tensorboard", "trackio_",
                       "use_trackio", "otel_", "use_otel", "ddp_")  # fmt: skip
@@ -24,7 +24,7 @@ NO_MATTER_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", 
 # Keys whose values the optimizer and the scheduler bring along from the checkpoint.
 KEPT = frozenset(
     """learning_rate weight_decay adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 embedding_lr embedding_lr_scale
-    lr_groups loraplus_lr_ratio loraplus_lr_embedding optim_args""".split()  # noqa: SIM905
+    lr_groups loraplus_lr_ratio loraplus_lr_embedding optim_args""".split()  # noqa: SIM905 - a list of quoted words would take a page
 )
 
 

@@ -306,7 +306,7 @@ def linear_cross_entropy(
         dtype.itemsize,
         chunk_elements,
         on_gpu=hidden_NH.is_cuda,
-        trained_width=weight_VH.shape[1] if weight_VH.requires_grad else None,
+        trained_width=weight_VH.shape[1] if weight_VH.requires_grad and torch.is_grad_enabled() else None,
     )
     kind = TokenLoss(softcap, logit_scale, label_smoothing, z_loss, token_scaling, entropy_top_k, entropy_alpha)
     return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype)

@@ -29,7 +29,7 @@ def import_models() -> None:
 
     import_utils.define_import_structure = known_or_read
     try:
-        import transformers.models  # noqa: F401
+        import transformers.models  # noqa: F401 - imported for what importing it does
     finally:
         import_utils.define_import_structure = read
 

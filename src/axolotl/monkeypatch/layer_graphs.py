@@ -387,7 +387,7 @@ def why_no_graphs(
         num_processes: of the run.
         by_default: also ask whether graphs are known to pay.
     """
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config: PretrainedConfig = model.config  # type: ignore[assignment] - `nn.Module` declares no attributes of subclasses
     compiled = runs_compiled(cfg, config, has_gpu=has_gpu)
     can = (
         (not has_gpu, "no GPU"),

@@ -25,7 +25,7 @@ LOG = get_logger(__name__)
 
 PACKAGE = "flash_attn.cute"
 GENERATIONS = (9, 10)
-"""Major compute capabilities: Hopper, Blackwell. What the package has for others is no faster than PyTorch's kernel."""
+"""Major compute capabilities: Hopper, and Blackwell, where this has not run. Others are left to PyTorch's kernel."""
 HEAD_SIZES = (64, 128)
 
 

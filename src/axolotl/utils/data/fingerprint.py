@@ -92,7 +92,7 @@ CODE = (
 
 NOT_IN_ROWS = frozenset(
     """datasets test_datasets pretraining_dataset dataset_prepared_path dataset_num_proc dataset_keep_in_memory
-    num_dataset_shards_to_save push_dataset_to_hub hf_use_auth_token resolution""".split()  # noqa: SIM905
+    num_dataset_shards_to_save push_dataset_to_hub hf_use_auth_token resolution""".split()  # noqa: SIM905 - a list of quoted words would take a page
 )
 """Keys that preparing reads, too, and that do not change the rows: entries are in the key one by one, and the others say how
 and where rows are made."""

@@ -21,7 +21,7 @@ LOG = get_logger(__name__)
 # Optimizers whose updates happen inside the backward pass.
 UPDATES_IN_BACKWARD = frozenset(
     """lomo adalomo galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise
-    apollo_adamw_layerwise""".split()  # noqa: SIM905
+    apollo_adamw_layerwise""".split()  # noqa: SIM905 - a list of quoted words would take a page
 )
 
 
