@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "unpacked": ({}, (1, 4, 7)),
     "packed": ({"packed": True, "per_device_train_batch_size": 1}, (1, 5)),
     "one row, workers": ({"packed": True, "multipack_real_batches": False, "dataloader_num_workers": 1}, (1, 3)),
+    "short last step": ({"per_device_train_batch_size": 3}, (2, 6, 8)),
     "by length": ({"train_sampling_strategy": "group_by_length"}, (3,)),
     "lora": ({"lora": {"lora_dropout": 0.2}, "dataloader_num_workers": 1}, (3,)),
     "evaluations": ({"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, (2, 4)),

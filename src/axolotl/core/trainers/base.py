@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from axolotl.core.trainers.mixins.packing import PackingMixin
 from axolotl.core.trainers.mixins.rng_state_loader import RngLoaderMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
 from axolotl.core.trainers.mixins.token_loss import TokenLossMixin
+from axolotl.core.trainers.model_walks import quick_walks
 from axolotl.core.trainers.nonfinite import NonFiniteGuard
 from axolotl.core.trainers.utils import memory_metrics, sanitize_kwargs_for_tagging
 from axolotl.core.trainers.watch import StepWatch
@@ -63,12 +65,12 @@ class AxolotlTrainer(
             "_issue_warnings_after_load",
         ),
         "TokenLossMixin": (
-            "get_batch_samples",
             "training_step",
             "compute_loss",
             "prediction_step",
             "evaluation_loop",
         ),
+        "StepBatchesMixin": ("get_batch_samples",),
         "AxolotlTrainer": (
             "log",
             "evaluate",
@@ -77,6 +79,7 @@ class AxolotlTrainer(
             "floating_point_ops",
             "_run_epoch",
             "_get_grad_norm",
+            "_maybe_log_save_evaluate",
         ),
     }
 
@@ -102,6 +105,7 @@ class AxolotlTrainer(
         self.step_grad_norm: Any = None  # before clipping, of the optimizer step under way
         self.nonfinite = NonFiniteGuard(self)
         self.train_order: Any = None  # the sampler of the training rows, whose epoch StepWatch sets
+        self.train_loader: Any = None  # the loader of the training rows, where it is one of `PackingMixin`
         self.train_stream: Any = None  # the loader of streamed rows, whose position checkpoints hold
         self.eval_loaders: dict[int, Any] = {}  # by id of the dataset, kept while their workers are persistent
         super().__init__(*_args, **kwargs)
@@ -206,12 +210,30 @@ class AxolotlTrainer(
             self.control.should_training_stop = True
         if self.control.should_training_stop:
             return
-        super()._run_epoch(*args, **kwargs)
+        given = inspect.signature(Trainer._run_epoch).bind(self, *args, **kwargs).arguments
+        is_resumed = given["epoch"] == given["epochs_trained"]
+        done = given["steps_trained_in_current_epoch"] if is_resumed else 0
+        with (
+            quick_walks(given["model"]),
+            self.loading_ahead(given["train_dataloader"], given["steps_in_epoch"] - done),
+        ):
+            super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer._get_grad_norm`, kept for `StepWatch`: callbacks are not given it."""
         self.step_grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self.step_grad_norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """`Trainer._maybe_log_save_evaluate`, with numbers that `StepWatch` has read: the GPU need not be waited for again."""
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            if self.args.world_size <= 1:
+                on_host = torch.tensor(self.host_values.of(tr_loss), dtype=tr_loss.dtype)
+                tr_loss -= tr_loss
+                tr_loss = on_host
+            if type(grad_norm) is torch.Tensor and grad_norm.numel() == 1:
+                (grad_norm,) = self.host_values.of(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, unless the run writes a card of its own (`writes_model_card` is False)."""

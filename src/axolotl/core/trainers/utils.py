@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,11 @@ def sanitize_kwargs_for_tagging(
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """GiB of the accelerator: peak in use, peak allocated, reserved now. Empty on a CPU."""
     if device.type == "cuda":
-        stats = torch.cuda.memory_stats(device)
+        stats = torch.cuda.memory_stats(device)  # also what `max_memory_allocated` and the like read, each time anew
         return {
             "memory/max_active (GiB)": round(stats.get("active_bytes.all.peak", 0) / GIB, 2),
-            "memory/max_allocated (GiB)": round(torch.cuda.max_memory_allocated(device) / GIB, 2),
-            "memory/device_reserved (GiB)": round(torch.cuda.memory_reserved(device) / GIB, 2),
+            "memory/max_allocated (GiB)": round(stats.get("allocated_bytes.all.peak", 0) / GIB, 2),
+            "memory/device_reserved (GiB)": round(stats.get("reserved_bytes.all.current", 0) / GIB, 2),
         }
     if device.type == "mps":
         allocated = round(torch.mps.current_allocated_memory() / GIB, 2)
@@ -51,6 +52,36 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
             "memory/device_reserved (GiB)": round(torch.mps.driver_allocated_memory() / GIB, 2),
         }
     return {}
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 can live: MPS, for one, has none."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+class HostValues:
+    """Numbers of small tensors of a GPU, read together: one wait instead of one for each."""
+
+    def __init__(self) -> None:
+        self._read: list[tuple[torch.Tensor, int, list[float]]] = []
+
+    def read(self, *tensors: torch.Tensor) -> None:
+        """Copy the values of tensors on one device. What was read before is forgotten.
+
+        Args:
+            tensors: of any shape and of a type that float64 holds exactly: integers up to 2**53, floats.
+        """
+        place = float64_device(tensors[0].device)
+        joined = torch.cat([tensor.detach().reshape(-1).to(place).double() for tensor in tensors])
+        values = iter(joined.tolist())
+        self._read = [(tensor, tensor._version, list(itertools.islice(values, tensor.numel()))) for tensor in tensors]
+
+    def of(self, tensor: torch.Tensor) -> list[float]:
+        """All values of a tensor: those that were read if it is still the same, else it is asked."""
+        for known, version, values in self._read:
+            if known is tensor and tensor._version == version:
+                return values
+        return tensor.detach().reshape(-1).tolist()
 
 
 @contextmanager

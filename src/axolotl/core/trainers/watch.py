@@ -45,7 +45,10 @@ class StepWatch(TrainerCallback):
         flags[3] = float(trainer.checkpoint_writer.failed)
         if args.world_size > 1:
             flags = cast("torch.Tensor", trainer.accelerator.reduce(flags, reduction="sum"))
-        bad_loss, bad_gradient, stop, save_failed = (count > 0 for count in flags.tolist())
+        trainer.load_next_step()  # while the GPU has work: now it is waited for
+        numbers = [flags, *trainer.numbers_of_step(), *([norm] if isinstance(norm, torch.Tensor) else [])]
+        trainer.host_values.read(*(number for number in numbers if number.device == flags.device))
+        bad_loss, bad_gradient, stop, save_failed = (count > 0 for count in trainer.host_values.of(flags))
         trainer.stop_agreed, self._save_failed = stop, save_failed
         trainer.nonfinite.check(bad_loss=bad_loss, bad_gradient=bad_gradient)
 

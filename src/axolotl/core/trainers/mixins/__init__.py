@@ -14,6 +14,7 @@ __getattr__, __dir__ = lazy_names(
         "PackingMixin": "axolotl.core.trainers.mixins.packing",
         "RngLoaderMixin": "axolotl.core.trainers.mixins.rng_state_loader",
         "SchedulerMixin": "axolotl.core.trainers.mixins.scheduler",
+        "StepBatchesMixin": "axolotl.core.trainers.mixins.step_batches",
         "TokenLossMixin": "axolotl.core.trainers.mixins.token_loss",
     },
 )

@@ -77,7 +77,8 @@ class PackingMixin(Trainer):
             )
         else:
             batches = BatchSampler(order, self._train_batch_size, args.dataloader_drop_last)
-        return self._build_dataloader(dataset, batches, self.data_collator, "Training", is_training=True)
+        self.train_loader = self._build_dataloader(dataset, batches, self.data_collator, "Training", is_training=True)
+        return self.train_loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         args = self.args

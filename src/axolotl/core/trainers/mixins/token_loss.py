@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from transformers import ProcessorMixin, Trainer
+from accelerate.utils import DistributedType
+from transformers import ProcessorMixin
 
 from axolotl.core.trainers.causal_loss import (
     OutputHead,
     count_supervised_tokens,
-    count_tokens,
     cross_entropy_of_logits,
     find_output_head,
     fused_loss,
@@ -22,22 +21,18 @@ from axolotl.core.trainers.causal_loss import (
     probe_logit_formula,
     shift_labels,
 )
-from axolotl.core.trainers.utils import kept_random_state
+from axolotl.core.trainers.gradient_sums import adds_gradients_at_once
+from axolotl.core.trainers.mixins.step_batches import StepBatchesMixin, identity
+from axolotl.core.trainers.utils import HostValues, float64_device, kept_random_state
 from axolotl.exceptions import ConfigError
-from axolotl.kernels.cross_entropy import TokenLoss, find_kept_rows
+from axolotl.kernels.cross_entropy import TokenLoss
 from axolotl.loaders.utils import plain_model
-from axolotl.utils.data.bins import EmptyBatch
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """Tells a tensor from others that are alive, and from itself before it was written to."""
-    return id(tensor), tensor._version
-
-
-class TokenLossMixin(Trainer):
+class TokenLossMixin(StepBatchesMixin):
     """Exact loss for training and evaluation of causal models, and the token counts that go with it.
 
     Other models (classification, encoder-decoder) and losses given as `compute_loss_func` go through `Trainer` unchanged.
@@ -68,14 +63,9 @@ class TokenLossMixin(Trainer):
         self.num_tokens_seen = 0
         self.num_tokens_trained = 0
         self.num_tokens_this_session = 0  # seen since this process began, without those before a resume
-        # Of the optimizer step under way: its micro-batches and their losses on this rank, for the report of a bad one.
-        self.step_batches: list[Any] = []
-        self.step_losses: list[torch.Tensor] = []
-        # What is asked of the GPU once a step instead of in each micro-batch, where the CPU would wait for it.
-        self._kept_rows: dict[tuple[int, int], torch.Tensor] = {}  # rows with a label, by the tensor of labels
-        self._full_masks: set[tuple[int, int]] = set()  # attention masks that mask nothing
-        # Loss of the optimizer step under way, and of the steps since the last log line (this rank's share).
-        self.step_loss = torch.zeros((), device=self.args.device)
+        self.host_values = HostValues()  # read at the end of each optimizer step
+        # Loss of the steps since the last log line (this rank's share), without and with the step under way.
+        self._window_with_step = torch.zeros((), device=self.args.device)
         self.window_loss = torch.zeros((), device=self.args.device)
         self.window_steps = 0
         # Sum of the loss (over all ranks) and number of the steps before these, since the start of the run.
@@ -83,60 +73,19 @@ class TokenLossMixin(Trainer):
         self.run_steps = 0
         # Wall time and tokens of these steps; the time of evaluations and saves is not in it.
         self._window_tokens = [0.0, 0, 0]
-        self._step_began = time.perf_counter()
-        self._step_sums = torch.zeros(2, dtype=torch.int64)
         self._eval_sums: torch.Tensor | None = None
         self._eval_counts_tokens = False
 
     def _base_causal_model(self) -> torch.nn.Module:
         return plain_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The micro-batches of an optimizer step and the number of supervised tokens in them, over all ranks."""
-        self.step_losses = []
-        if not self.owns_loss:
-            self.step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-            return self.step_batches, num_items
-        self._step_began = time.perf_counter()
-        loaded = list(itertools.islice(epoch_iterator, num_batches))
-        batches = [mask_document_starts(batch) for batch in loaded]
-        self.step_batches = batches
-        self._full_masks = self._find_full_masks(batches)
-        self._kept_rows = {
-            _identity(batch["labels"]): find_kept_rows(shift_labels(batch)) for batch in batches if "labels" in batch
-        }
-        if not batches or "labels" not in batches[0]:
-            return batches, None
-        # [supervised, all]: one small collective per optimizer step.
-        sums = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in (b for b, source in zip(batches, loaded, strict=True) if not isinstance(source, EmptyBatch)):
-            sums[0] += count_supervised_tokens(batch).to(device)
-            sums[1] += count_tokens(batch, self._pad_token_id).to(device)
-        if self.args.world_size > 1:
-            sums = cast("torch.Tensor", self.accelerator.reduce(sums, reduction="sum"))
-            # Ranks of a tensor- or context-parallel group hold the same batch.
-            sums //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        self._step_sums = sums
-        self.step_loss = torch.zeros((), device=device)
-        return batches, sums[0].clamp(min=1)
-
-    def _find_full_masks(self, batches: list[Any]) -> set[tuple[int, int]]:
-        """The masks of rows without padding, which models of transformers need not be given; others may read them."""
-        if not self._is_of_transformers:
-            return set()
-        unpacked = [batch for batch in batches if batch.get("position_ids") is None]
-        masks = [batch["attention_mask"] for batch in unpacked if isinstance(batch.get("attention_mask"), torch.Tensor)]
-        if not masks:
-            return set()
-        is_full = torch.stack([(mask != 0).all() for mask in masks]).tolist()
-        return {_identity(mask) for mask, full in zip(masks, is_full, strict=True) if full}
-
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        # At the first micro-batch of a step the GPU waits, and there are no gradients yet.
+        with adds_gradients_at_once(model) if alone and self.step_losses else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_losses.append(loss)
         self.step_loss = self.step_loss + loss.to(self.step_loss.device)
         return loss
@@ -158,15 +107,15 @@ class TokenLossMixin(Trainer):
         """
         if not self.owns_loss or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kept_S = self._kept_rows.pop(_identity(inputs["labels"]), None)
+        kept_S = self._kept_rows.pop(identity(inputs["labels"]), None)
         mask = inputs.get("attention_mask")
-        if mask is not None and _identity(mask) in self._full_masks:
+        if mask is not None and identity(mask) in self._full_masks:
             inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
-        inputs = mask_document_starts(inputs)
-        own_count = count_supervised_tokens(inputs)
+        if kept_S is None:
+            inputs = mask_document_starts(inputs)
         # Gradients and logged losses are averaged over ranks afterwards; a count over all ranks must undo that.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes // self.get_tp_size()
-        num_items = own_count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        num_items = count_supervised_tokens(inputs).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         wants_logits = return_outputs and not self._eval_counts_tokens
         head = self._output_head if wants_logits else self._find_output_head(model)
         labels_BT = shift_labels(inputs)
@@ -183,7 +132,7 @@ class TokenLossMixin(Trainer):
             loss = cross_entropy_of_logits(outputs["logits"], labels_BT, kind) / num_items
             if outputs.get("aux_loss") is not None:
                 loss = loss + self._base_causal_model().config.router_aux_loss_coef * outputs["aux_loss"]
-        loss = self._weigh_router_loss(loss, outputs, own_count / num_items) * scale
+        loss = self._weigh_router_loss(loss, outputs, inputs, num_items) * scale
         return (loss, outputs) if return_outputs else loss
 
     def _kind_of_loss(self, model: torch.nn.Module) -> TokenLoss:
@@ -198,11 +147,14 @@ class TokenLossMixin(Trainer):
             entropy_alpha=self.args.loss_entropy_alpha,
         )
 
-    def _weigh_router_loss(self, loss: torch.Tensor, outputs: Any, share: torch.Tensor) -> torch.Tensor:
+    def _weigh_router_loss(
+        self, loss: torch.Tensor, outputs: Any, inputs: dict[str, Any], num_items: Any
+    ) -> torch.Tensor:
         """Models add a whole router loss per micro-batch; over a step it has to count once, by share of tokens."""
         aux_loss = outputs.get("aux_loss")
         if aux_loss is None:
             return loss
+        share = count_supervised_tokens(inputs) / num_items
         coefficient = self._base_causal_model().config.router_aux_loss_coef
         return loss - coefficient * aux_loss.to(loss.device) * (1 - share)
 
@@ -246,7 +198,7 @@ class TokenLossMixin(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """`Trainer.evaluation_loop` with a loss that is the mean over the tokens of the whole set."""
-        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=_float64_device(self.args.device))
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self.args.device))
         try:
             with kept_random_state():
                 output = super().evaluation_loop(
@@ -263,16 +215,21 @@ class TokenLossMixin(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
+    def numbers_of_step(self) -> list[torch.Tensor]:
+        """What will be asked for when the step under way has ended. Reading it before the update spares a wait for the update."""
+        self._window_with_step = self.window_loss + self.step_loss
+        return [self._tr_loss, self._window_with_step, self._step_sums]
+
     def take_step_counts(self, *, with_loss: bool = True) -> None:
         """At the end of an optimizer step: add its counts to those of the run, and its loss unless it was left out."""
         if not self.owns_loss:
             return
-        trained, seen = self._step_sums.tolist()
+        trained, seen = map(int, self.host_values.of(self._step_sums))
         self.num_tokens_trained += trained
         self.num_tokens_seen += seen
         self.num_tokens_this_session += seen
         if with_loss:
-            self.window_loss = self.window_loss + self.step_loss
+            self.window_loss = self._window_with_step
             self.window_steps += 1
         for index, value in enumerate((time.perf_counter() - self._step_began, seen, trained)):
             self._window_tokens[index] += value
@@ -290,8 +247,9 @@ class TokenLossMixin(Trainer):
         total = self.window_loss
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, reduction="mean")
-        mean = total.item() / self.window_steps
-        self.run_loss += total.item()
+        (value,) = self.host_values.of(total)
+        self.run_loss += value
+        mean = value / self.window_steps
         self.run_steps += self.window_steps
         self.window_loss, self.window_steps = torch.zeros_like(self.window_loss), 0
         return mean
@@ -300,8 +258,3 @@ class TokenLossMixin(Trainer):
         """Mean loss per step of the whole run, with what it was before it was resumed; None when no step was taken."""
         self.take_window_loss()
         return self.run_loss / self.run_steps if self.run_steps else None
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    """Where float64 sums can live: MPS has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -1,0 +1,183 @@
+"""Steps that are loaded ahead: what a run does, and in which order, is what transformers' own loop does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.trainers.utils import HostValues
+from axolotl.utils.collators.batching import DataCollatorForSeq2Seq
+from axolotl.utils.data.bins import BinDataset
+from tests.integration.training_runs import make_rows, make_trainer, steps_of
+
+EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+
+
+class Diary(TrainerCallback):
+    """Every event of a run and every batch that the model was given, in their order."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+        for name in EVENTS:
+            setattr(self, name, self._writer(name))
+
+    def _writer(self, name: str):
+        def write(args, state, control, logs=None, **kwargs):
+            logged = {
+                key: value for key, value in (logs or {}).items() if "per_sec" not in key and "runtime" not in key
+            }
+            self.entries.append((name, state.global_step, state.epoch, control.should_log, control.should_save, logged))
+
+        return write
+
+    def watch(self, trainer: Trainer) -> Trainer:
+        trainer.add_callback(self)
+        trainer.model.register_forward_pre_hook(
+            lambda module, given, named: self.entries.append(named["input_ids"].tolist()), with_kwargs=True
+        )
+        return trainer
+
+
+class PlainLoop(AxolotlTrainer):
+    """Our losses in transformers' own loop: every step is loaded when it begins, and every number read when it is asked for."""
+
+    _run_epoch = Trainer._run_epoch
+    _maybe_log_save_evaluate = Trainer._maybe_log_save_evaluate
+
+    def load_next_step(self) -> None:
+        pass
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+        return super().get_batch_samples(iter(batches), num_batches, device)[0], num_items
+
+
+def run(folder: Path, loop: type[AxolotlTrainer], resume: int | None = None, **args: Any) -> Diary:
+    """Two epochs of 11 micro-batches, 4 to a step, so that the last step of an epoch has 3; evaluations and checkpoints between."""
+    common = {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 2,
+        "model_config": {"attention_dropout": 0.2},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = make_trainer(folder, **{**common, **args})
+    trainer.__class__ = loop
+    diary = Diary()
+    diary.watch(trainer)
+    trainer.train(resume_from_checkpoint=resume and str(folder / "out" / f"checkpoint-{resume}"))
+    diary.steps = steps_of(trainer)
+    return diary
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"dataloader_num_workers": 1},
+        {"max_steps": 5},
+        {"packed": True, "per_device_train_batch_size": 1},
+        {"train_sampling_strategy": "group_by_length", "logging_steps": 2, "max_grad_norm": 0.0},
+    ],
+    ids=["rows", "workers", "max_steps", "packed", "by length"],
+)
+def test_events_batches_and_numbers_are_those_of_transformers_loop(tmp_path, args):
+    ours, theirs = (run(tmp_path / loop.__name__, loop, **args) for loop in (AxolotlTrainer, PlainLoop))
+    assert ours.entries == theirs.entries
+    assert ours.steps == theirs.steps
+    for step in (1, 3):  # within an epoch, and at its border
+        ours, theirs = (run(tmp_path / loop.__name__, loop, step, **args) for loop in (AxolotlTrainer, PlainLoop))
+        assert ours.entries == theirs.entries
+        assert ours.steps == theirs.steps
+
+
+def test_every_step_but_the_first_of_an_epoch_is_ready_before_the_update(tmp_path):
+    class Watch(TrainerCallback):
+        ready: list[bool] = []
+        devices: list[Any] = []
+
+        def on_optimizer_step(self, args, state, control, train_dataloader=None, **kwargs):
+            self.ready.append(trainer._next_step is not None)
+            self.devices.append(train_dataloader.device)
+
+    trainer = make_trainer(
+        tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4, max_steps=6, callbacks=[Watch()]
+    )
+    trainer.train()
+    assert Watch.ready == [True, True, True, False, True, False]  # four steps to an epoch, and the sixth is the last
+    assert set(Watch.devices) == {trainer.args.device}
+    assert trainer._next_step is None and trainer._epoch_iterator is None
+
+
+class DrawsCollator(DataCollatorForSeq2Seq):
+    def __call__(self, features, return_tensors=None):
+        torch.rand(1)
+        return super().__call__(features, return_tensors)
+
+
+class OwnBatches(AxolotlTrainer):
+    def get_batch_samples(self, *args, **kwargs):
+        return super().get_batch_samples(*args, **kwargs)
+
+
+def may_load_ahead(trainer: AxolotlTrainer) -> bool:
+    return trainer._may_load_ahead(trainer.get_train_dataloader())
+
+
+def test_batches_are_loaded_ahead_only_where_it_makes_no_difference(tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert may_load_ahead(trainer)
+    assert not trainer._may_load_ahead(Trainer.get_train_dataloader(trainer))
+    trainer.__class__ = OwnBatches
+    assert not may_load_ahead(trainer)
+
+    draws = make_trainer(tmp_path)
+    draws.data_collator = DrawsCollator(draws.processing_class)
+    assert not may_load_ahead(draws)
+    draws.args.dataloader_num_workers = 1  # which draws from generators of its own
+    assert may_load_ahead(draws)
+
+    transformed = make_trainer(
+        tmp_path, rows=make_rows().with_transform(lambda rows: rows), remove_unused_columns=False
+    )
+    assert not may_load_ahead(transformed)
+
+
+def test_what_is_wrong_with_the_next_batch_is_said_when_its_step_begins(tmp_path, monkeypatch):
+    rows, asked = BinDataset.__getitems__, []
+
+    def broken(self, batch):
+        asked.append(batch)
+        if len(asked) == 5:
+            raise ValueError("row 5 is broken")
+        return rows(self, batch)
+
+    monkeypatch.setattr(BinDataset, "__getitems__", broken)
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=1, save_strategy="steps"
+    )
+    with pytest.raises(ValueError, match="row 5 is broken"):
+        trainer.train()
+    assert trainer.state.global_step == 1 and len(steps_of(trainer)) == 1
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def test_values_are_read_once_and_anew_when_they_have_changed():
+    values = HostValues()
+    loss, counts, norm = torch.tensor(0.1), torch.tensor([2**40 + 1, 3]), torch.tensor(0.3, dtype=torch.bfloat16)
+    values.read(loss, counts, norm)
+    assert (values.of(loss), values.of(counts), values.of(norm)) == ([loss.item()], [2**40 + 1, 3], [norm.item()])
+    loss += 1
+    assert values.of(loss) == [loss.item()]
+    assert values.of(counts.clone()) == [2**40 + 1, 3]
+    values.read(norm)
+    counts[1] = 4
+    assert values.of(counts) == [2**40 + 1, 4]
