@@ -30,7 +30,7 @@ _ROW_MULTIPLE = 128
 """A matmul works on blocks of so many rows; chunks of fewer leave part of a GPU idle."""
 _ROWS_OF_TRAINED_HEAD = 4096
 """Of a chunk: with so many the passes over the head's gradient take less than a tenth of the time of its matmul."""
-_BLOCK_V = 8192
+_BLOCK_V = 16384
 _BLOCK_SCALED = 4096
 
 
@@ -164,7 +164,7 @@ def _loss_and_gradient_triton(
         _cross_entropy_kernel[(logits_CV.shape[0],)](
             logits_CV, label_C, loss_C, num_columns, kind.logit_scale, 1.0 if softcap is None else softcap,
             smoothing, kind.z_loss, CAPPED=softcap is not None, SMOOTHED=smoothing > 0.0,
-            SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=8,
+            SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=32,
         )  # fmt: skip
     if entropy_C1 is None:
         return loss_C.sum()
