@@ -8,10 +8,12 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
+from axolotl.kernels.lora_ops import lie_in_a_row, round_up_rank
 from axolotl.monkeypatch.attention import varlen
 from axolotl.monkeypatch.attention.documents import add_document_hook
 from axolotl.monkeypatch.compile_layers import COMPILED_BY_DEFAULT, compile_layers
 from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
+from axolotl.monkeypatch.joined_linear import join_projections
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 from tests.tiny import make_tiny_model
@@ -58,14 +60,47 @@ def test_packed_rows(model_type, kernels, tmp_path):
     compile_layers(model)
     compiled = [gradients(model, batch) for batch in batches]
     assert not counters["graph_break"]
-    # One version for the first documents and one for any others; the first layer takes no gradient of its input.
-    assert counters["stats"]["unique_graphs"] <= 4
+    # One version for the first documents and one for any others; the first layer takes no gradient of its input. And the last norm.
+    assert counters["stats"]["unique_graphs"] <= 5
     for (loss, grads), (wanted, wanted_grads) in zip(compiled, plain, strict=True):
         assert loss == pytest.approx(wanted, rel=2e-2)
         assert grads.keys() == wanted_grads.keys()
         far = sum((grads[name] - grad).float().square().sum() for name, grad in wanted_grads.items())
         whole = sum(grad.float().square().sum() for grad in wanted_grads.values())
         assert (far / whole).sqrt() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("model_type", sorted(COMPILED_BY_DEFAULT))
+def test_joined_projections(model_type, dtype, tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    varlen.register()
+    model = make_tiny_model(tmp_path, model_type, hidden_size=128, head_dim=32, intermediate_size=256).cuda().to(dtype)
+    model.config._attn_implementation = varlen.NAME
+    model.config.use_cache = False
+    add_document_hook(model.train(), varlen=True)
+    batches = [packed(*lengths) for lengths in ((200, 56), (90, 90, 76), (250, 6))]
+    plain = [gradients(model, batch) for batch in batches]
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    assert join_projections(model) == [None] * 2
+    assert torch.cuda.memory_allocated() <= before + 2**16
+    compile_layers(model)
+    compiled = [gradients(model, batch) for batch in batches]
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4
+    for (loss, grads), (wanted, wanted_grads) in zip(compiled, plain, strict=True):
+        assert loss == pytest.approx(wanted, rel=2e-2)
+        assert grads.keys() == wanted_grads.keys()
+        far = sum((grads[name] - grad).float().square().sum() for name, grad in wanted_grads.items())
+        assert (far / sum(grad.float().square().sum() for grad in wanted_grads.values())).sqrt() < 0.05
+    for layer in model.model.layers:
+        linears = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+        assert lie_in_a_row([linear.weight for linear in linears])
+        assert all(linear.weight.grad.is_contiguous() and linear.weight.grad.dtype == dtype for linear in linears)
+        # The gradients are written once, and nobody copies them.
+        assert dtype == torch.float32 or lie_in_a_row([linear.weight.grad for linear in linears])
 
 
 @pytest.mark.parametrize("offloading", [None, True, "hidden_states"])
@@ -121,9 +156,15 @@ def test_gated_activation_with_low_rank_terms(rows, size, ranks, act, write_h):
     (gu_grad64,) = torch.autograd.grad(wanted, whole, grad64 + grad_low64 @ a64.T)
     h64 = wanted.detach()
     factors = (gu_grad64[:, :size].T @ low64[:, :gate], gu_grad64[:, size:].T @ low64[:, gate:], grad_low64.T @ h64)
-    h = lora_gated_forward(gu, low, b_gate, b_up, act)
-    got = lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, act, write_h=write_h)
-    pairs = [(h, h64), *zip(got, (gu_grad64, *factors), strict=True), *([(grad, h64)] if write_h else [])]
+    # What is left beside the low-rank inputs is not read, and gets no gradient.
+    left = torch.full((rows, round_up_rank(gate + up) - gate - up), torch.nan, device="cuda").bfloat16()
+    gul = torch.cat([gu, low, left], 1)
+    lows = (gu_grad64[:, :size] @ gate64, gu_grad64[:, size:] @ up64, torch.zeros_like(left).double().cpu())
+    gul_grad64 = torch.cat([gu_grad64, *lows], 1)
+    h = lora_gated_forward(gul, b_gate, b_up, act)
+    got = lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a_T, act, write_h=write_h)
+    assert not got.gul[:, 2 * size + gate + up :].any()
+    pairs = [(h, h64), *zip(got, (gul_grad64, *factors), strict=True), *([(grad, h64)] if write_h else [])]
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape and ours.is_contiguous()
         assert (ours.double().cpu() - theirs).norm() <= 0.01 * theirs.norm()

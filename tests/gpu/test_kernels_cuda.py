@@ -12,10 +12,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from axolotl.kernels import lora_rotary
 from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_backward, geglu_tanh_forward
 from axolotl.kernels.lora import LoRA_MLP, LoRA_O, LoRA_QKV
+from axolotl.kernels.lora_rotary import lora_rotary_backward, lora_rotary_forward
 from axolotl.kernels.quantize import dequantize
 from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
+from axolotl.monkeypatch.compile_layers import compile_layers
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
 
@@ -207,6 +210,88 @@ def test_a_second_backward_in_place_is_refused():
         y.backward()
 
 
+# --- rotated queries and keys -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The kernels of `lora_rotary` that were launched."""
+    done = []
+
+    def spy(name):
+        launch = getattr(lora_rotary, name)
+        monkeypatch.setattr(lora_rotary, name, lambda *args: done.append(name) or launch(*args))
+
+    spy("_launch_forward")
+    spy("_launch_backward")
+    return done
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("table_dtype", ["same", torch.float32])
+@pytest.mark.parametrize(("batch", "tables", "time"), [(1, 1, 1), (1, 1, 333), (3, 1, 77), (2, 2, 64)])
+@pytest.mark.parametrize(
+    ("size", "heads", "ranks", "bias"),
+    [
+        (128, (9, 2, 2), (16, 16, 16), False),
+        (64, (4, 4, 4), (8, 0, 3), True),
+        (128, (8, 1, 1), (0, 0, 0), True),
+        (128, (17, 8, 8), (64, 17, 128), False),
+        (256, (3, 1, 1), (16, 64, 1), True),
+    ],
+)
+def test_rotated_queries_and_keys(size, heads, ranks, bias, batch, tables, time, table_dtype, dtype, launches):
+    torch.manual_seed(0)
+    widths = [count * size for count in heads]
+    more = -(-sum(ranks) // 16) * 16
+    yl = torch.randn(batch, time, sum(widths) + more, device="cuda").to(dtype)
+    yl[:, :, sum(widths) + sum(ranks) :] = torch.nan
+    b = (torch.randn(sum(widths), more + 16, device="cuda") * 0.3).to(dtype)
+    factors = [
+        rows.narrow(1, sum(ranks[:at]), rank)
+        for at, (rows, rank) in enumerate(zip(b.split(widths), ranks, strict=True))
+    ]
+    biases = [torch.randn(width, device="cuda").to(dtype) if bias and width != widths[1] else None for width in widths]
+    cos, sin = (
+        torch.randn(2, tables, time, size, device="cuda").to(dtype if table_dtype == "same" else table_dtype).unbind()
+    )
+    grads = [torch.randn(batch, count, time, size, device="cuda").to(dtype).transpose(1, 2) for count in heads]
+    grads[1] = grads[1].contiguous()
+
+    def double(tensors):
+        return [None if tensor is None else tensor.double() for tensor in tensors]
+
+    got = lora_rotary_forward(yl, factors, biases, cos, sin)
+    back = lora_rotary_backward(grads, cos, sin, more)
+    assert launches == ["_launch_forward", "_launch_backward"]
+    wanted = lora_rotary_forward(yl.double(), double(factors), double(biases), cos.double(), sin.double())
+    wanted_back = lora_rotary_backward(double(grads), cos.double(), sin.double())
+    assert len(launches) == 2
+    assert back.shape == yl.shape and back.is_contiguous()
+    for value, reference in zip((*got, back[..., : sum(widths)]), (*wanted, wanted_back), strict=True):
+        assert value.dtype == dtype and value.shape == reference.shape
+        # Queries and keys are rounded before they are rotated, and after.
+        assert error(value, reference) < torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            value.double(), reference, rtol=8 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps
+        )
+
+
+def test_rotated_rows_beyond_32_bits():
+    rows, size = 2**31 // 640 + 70, 64
+    yl = torch.zeros(1, rows, 10 * size, device="cuda", dtype=torch.bfloat16)
+    yl[:, -70:] = 2.0
+    factors = [yl.new_zeros(count * size, 0) for count in (8, 1, 1)]
+    cos, sin = torch.ones(2, 1, rows, size, device="cuda", dtype=torch.bfloat16).unbind()
+    query, key, value = lora_rotary_forward(yl, factors, (None, None, None), cos, sin)
+    for x, (first, second) in ((query, (0.0, 4.0)), (key, (0.0, 4.0)), (value, (2.0, 2.0))):
+        assert (x[:, -70:, :, :32] == first).all() and (x[:, -70:, :, 32:] == second).all()
+        assert not x[:, :-70].any()
+    grad = lora_rotary_backward((query, key, value), cos, sin)
+    assert (grad[:, -70:, : 9 * size] == 4.0).all() and (grad[:, -70:, 9 * size :] == 2.0).all()
+    assert not grad[:, :-70].any()
+
+
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 MODELS = {
@@ -277,6 +362,19 @@ def test_models(kind, four_bit):
     apply_lora_kernel_patches(model, cfg)
     assert cfg.resolution is None, cfg.resolution
     check_models(reference, step(model))
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_compiled_layers_rotate_in_the_kernel(kind, four_bit, launches, monkeypatch):
+    monkeypatch.setitem(SHAPE, "num_attention_heads", 4)
+    torch._dynamo.reset()
+    model = build(kind, four_bit=four_bit)
+    reference = step(model)
+    apply_lora_kernel_patches(model, DictDefault(ALL))
+    compile_layers(model)
+    check_models(reference, step(model))
+    assert sorted(launches) == ["_launch_backward"] * 4 + ["_launch_forward"] * 4
 
 
 def test_memory_is_less_than_that_of_peft():

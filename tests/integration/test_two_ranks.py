@@ -1,4 +1,4 @@
-"""What changes weights beside the optimizer, on two processes: the ranks stay equal, and train what one process trains."""
+"""What changes weights beside the optimizer, or where they lie, on two processes: the ranks stay equal, and train what one process trains."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ RELORA = {
 DROPOUT = {"lora_dropout": 0.1}  # lets the random numbers of the ranks run apart
 LISA = {"lisa_n_layers": 2, "lisa_step_interval": 2, "max_steps": 5, "learning_rate": 0.005}
 NOISE = {"neftune_noise_alpha": 5, "max_steps": 4}
+JOINED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "learning_rate": 0.002, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,8 @@ def on_a_rank(folder: Path, base: Path, keys: dict[str, Any]) -> list[dict[str, 
 
 @pytest.mark.parametrize(
     "keys",
-    [RELORA, {**RELORA, **DROPOUT}, LISA, {**NOISE, **LORA}],
-    ids=["relora", "relora, dropout", "lisa", "noise"],
+    [RELORA, {**RELORA, **DROPOUT}, LISA, {**NOISE, **LORA}, JOINED],
+    ids=["relora", "relora, dropout", "lisa", "noise", "joined projections"],
 )
 def test_ranks_stay_equal_and_resume(base, tmp_path, keys):
     whole, resumed = run_on_ranks(partial(on_a_rank, base=base, keys=keys), tmp_path / "ranks")

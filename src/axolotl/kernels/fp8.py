@@ -91,6 +91,7 @@ def matmul_fp8(
     dtype: torch.dtype,
     *,
     fast_accumulation: bool = True,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`(x x_scale) (weight weight_scale)^T`.
 
@@ -99,6 +100,7 @@ def matmul_fp8(
         weight: (M, K) e4m3, row-major; weight_scale: (1, M) fp32, or ().
         dtype: of the result.
         fast_accumulation: the matrix units add up with about 14 bits behind the point; else partial sums go to fp32.
+        out: (N, M) in `dtype` to write to, rows contiguous in themselves, or None for a new one.
 
     Returns:
         (N, M). On CUDA the hardware must have fp8; on a CPU the values are the same, the speed is not.
@@ -106,11 +108,22 @@ def matmul_fp8(
     if x.is_cuda:
         # With a scale per row, cuBLAS writes bf16 only.
         made = dtype if weight_scale.numel() == 1 else torch.bfloat16
+        into = {"out": out} if out is not None and made == dtype else {}
         product = torch._scaled_mm(
-            x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=made, use_fast_accum=fast_accumulation
+            x,
+            weight.t(),
+            scale_a=x_scale,
+            scale_b=weight_scale,
+            out_dtype=made,
+            use_fast_accum=fast_accumulation,
+            **into,
         )
+        if into:
+            return product
     else:
         product = (x.float() @ weight.float().t()) * x_scale * weight_scale
+    if out is not None:
+        return out.copy_(product)
     # Not `to(dtype)` alone: where that does nothing and is what a traced `autograd.Function` returns, PyTorch 2.11 gives zero
     # gradients.
     return product if product.dtype == dtype else product.to(dtype)

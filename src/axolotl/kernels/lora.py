@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from axolotl.kernels.fp8 import Fp8Linear
 from axolotl.kernels.geglu import geglu_backward, geglu_forward, geglu_tanh_backward, geglu_tanh_forward
 from axolotl.kernels.glu import Activation
-from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph
+from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph, project_rotated_in_graph, rotates_in_graph
 from axolotl.kernels.quantize import dequantize
 from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
 from axolotl.kernels.utils import compute_dtype
@@ -508,7 +508,8 @@ def _mlp(self, X, plain_act, activation_fn, activation_fn_backward, inplace):
     if _runs_as_operators(projections):
         gate, up, down = (get_lora_parameters(proj) for proj in projections)
         if gate[1] is up[1] is down[1] is None:
-            return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn])
+            room = getattr(self, "adapter_room", 0)
+            return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn], room)
         y_gate, y_up = project_in_graph(X, [gate, up])
         return project_in_graph(plain_act(y_gate) * y_up, [down])[0]
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]
@@ -543,6 +544,30 @@ def apply_lora_qkv(
         return query, key, value
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]
     return LoRA_QKV.apply(X, *parameters, inplace)
+
+
+def apply_lora_qkv_rotated(
+    self: nn.Module, X: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Queries and keys with their positions, and values, in compiled layers; None where they are better computed one by one.
+
+    Args:
+        self: an attention with `q_proj`, `k_proj`, `v_proj` and `head_dim`.
+        X: (B, T, H).
+        cos: (B, T, D) or (1, T, D), D features of a head.
+        sin: as `cos`.
+
+    Returns:
+        Queries and keys (B, T, heads, D), and values (B, T, O).
+    """
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    if not torch.compiler.is_compiling() or any(map(why_not_fused, projections)):
+        return None
+    parameters = [get_lora_parameters(proj) for proj in projections]
+    ranks = tuple(0 if A is None else A.shape[0] for _, _, _, A, _, _ in parameters)
+    if not rotates_in_graph(X, ranks, self.head_dim, cos, sin):
+        return None
+    return project_rotated_in_graph(X, parameters, cos, sin, getattr(self, "adapter_room", 0))
 
 
 def apply_lora_o(self: nn.Module, X: torch.Tensor) -> torch.Tensor:

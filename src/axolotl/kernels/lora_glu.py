@@ -8,7 +8,7 @@ Backward forms the low-rank term of its incoming gradient in the same way, and f
 gradients of the factors beside it, which would otherwise take one more pass over each of its outputs and one over h.
 fp32 inside, rounded once.
 
-Shape legend: N tokens, I features of gate and of up, r rank (any, 0 for none; each may differ).
+Shape legend: N tokens, I features of gate and of up, r rank (any, 0 for none; each may differ), R both ranks, rounded up.
 """
 
 from __future__ import annotations
@@ -85,35 +85,38 @@ def _store_sum(ptr, value, at, num, stride, stride_rank, RANK: tl.constexpr, PAD
 
 @jit
 def _forward_kernel(
-    gu_ptr, h_ptr, low_ptr, b_gate_ptr, b_up_ptr, num_rows, num_columns, low_stride,
+    gul_ptr, h_ptr, b_gate_ptr, b_up_ptr, num_rows, num_columns, width,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
     ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    low_ptr = gul_ptr + 2 * num_columns
     b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
     b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
     row = tl.arange(0, ROWS)
-    at = row[:, None] * (2 * num_columns) + columns[None, :]
+    at = row[:, None] * width + columns[None, :]
     at_h = row[:, None] * num_columns + columns[None, :]
     first = tl.program_id(1) * (TILES * ROWS)
     for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = start + row
         inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        before = tl.cast(start, tl.int64) * num_columns
-        gate = tl.load(gu_ptr + 2 * before + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gu_ptr + 2 * before + num_columns + at, mask=inside, other=0.0).to(tl.float32)
+        tile_ptr = gul_ptr + tl.cast(start, tl.int64) * width
+        gate = tl.load(tile_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(tile_ptr + num_columns + at, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate, gate)
+            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up, up)
+            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP), b_up, up)
         act, _ = _act_and_slope(gate, ACT)
-        tl.store(h_ptr + before + at_h, (act * up).to(h_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            h_ptr + tl.cast(start, tl.int64) * num_columns + at_h, (act * up).to(h_ptr.dtype.element_ty), mask=inside
+        )
 
 
 @jit
 def _backward_kernel(
-    grad_ptr, gu_ptr, grad_gu_ptr, low_ptr, b_gate_ptr, b_up_ptr, grad_low_ptr, a_ptr, sums_ptr,
-    num_rows, num_columns, low_stride,
+    grad_ptr, gul_ptr, grad_gul_ptr, b_gate_ptr, b_up_ptr, grad_low_ptr, a_ptr, sums_ptr,
+    num_rows, num_columns, width,
     RANK_GATE: tl.constexpr, PADDED_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED_UP: tl.constexpr,
     RANK_DOWN: tl.constexpr, PADDED_DOWN: tl.constexpr, SUMS: tl.constexpr, WRITE_H: tl.constexpr,
     ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
@@ -121,43 +124,46 @@ def _backward_kernel(
     """With SUMS, a row of `sums_ptr` gets the gradients of B_gate, B_up and A from the tokens of this program; with WRITE_H,
     `grad_ptr` gets h."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    low_ptr = gul_ptr + 2 * num_columns
     b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
     b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
     a = tl.trans(_load_factor(a_ptr, columns, num_columns, RANK_DOWN, RANK_DOWN, PADDED_DOWN))
     sum_gate = tl.zeros((PADDED_GATE, COLUMNS), tl.float32)
     sum_up = tl.zeros((PADDED_UP, COLUMNS), tl.float32)
     sum_down = tl.zeros((PADDED_DOWN, COLUMNS), tl.float32)
-    dtype = grad_gu_ptr.dtype.element_ty
+    dtype = grad_gul_ptr.dtype.element_ty
     row = tl.arange(0, ROWS)
-    at = row[:, None] * (2 * num_columns) + columns[None, :]
+    at = row[:, None] * width + columns[None, :]
     at_h = row[:, None] * num_columns + columns[None, :]
     first = tl.program_id(1) * (TILES * ROWS)
     for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = start + row
         inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+        tile_ptr = gul_ptr + tl.cast(start, tl.int64) * width
+        gate = tl.load(tile_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(tile_ptr + num_columns + at, mask=inside, other=0.0).to(tl.float32)
         before = tl.cast(start, tl.int64) * num_columns
-        gate = tl.load(gu_ptr + 2 * before + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gu_ptr + 2 * before + num_columns + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + before + at_h, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE), b_gate, gate)
+            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP), b_up, up)
+            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP), b_up, up)
         if RANK_DOWN > 0:
             grad = tl.dot(_load_factor(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN), a, grad)
         act, slope = _act_and_slope(gate, ACT)
         h = (act * up).to(dtype)
         grad_gate = (grad * up * slope).to(dtype)
         grad_up = (grad * act).to(dtype)
-        tl.store(grad_gu_ptr + 2 * before + at, grad_gate, mask=inside)
-        tl.store(grad_gu_ptr + 2 * before + num_columns + at, grad_up, mask=inside)
+        tile_ptr = grad_gul_ptr + tl.cast(start, tl.int64) * width
+        tl.store(tile_ptr + at, grad_gate, mask=inside)
+        tl.store(tile_ptr + num_columns + at, grad_up, mask=inside)
         if WRITE_H:
             tl.store(grad_ptr + before + at_h, h, mask=inside)
         if SUMS and RANK_GATE > 0:
-            low_T = _load_factor_T(low_ptr, rows, num_rows, low_stride, RANK_GATE, PADDED_GATE)
+            low_T = _load_factor_T(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE)
             sum_gate = tl.dot(low_T, grad_gate, sum_gate)
         if SUMS and RANK_UP > 0:
-            low_T = _load_factor_T(low_ptr + RANK_GATE, rows, num_rows, low_stride, RANK_UP, PADDED_UP)
+            low_T = _load_factor_T(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP)
             sum_up = tl.dot(low_T, grad_up, sum_up)
         if SUMS and RANK_DOWN > 0:
             grad_low_T = _load_factor_T(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
@@ -197,44 +203,42 @@ def _cut(act: Activation, tile: Tile, **ranks: int) -> dict[str, Any]:
     return {**own, **padded, **cut, "ACT": act, "num_warps": tile.warps}
 
 
-def _add_low_rank(gu: torch.Tensor, low: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> torch.Tensor:
-    """The two inputs of the activation as a new (N, 2 I) tensor."""
-    size, rank = b_gate.shape
-    whole = gu.clone()
-    if rank:
-        whole[:, :size].addmm_(low[:, :rank], b_gate.t())
-    if b_up.shape[1]:
-        whole[:, size:].addmm_(low[:, rank:], b_up.t())
-    return whole
+def _add_low_rank(gul: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two inputs of the activation, (N, I) contiguous each."""
+    gate, up, low_gate, low_up, _ = gul.split(_columns(gul, b_gate, b_up), dim=1)
+    gate = torch.addmm(gate, low_gate, b_gate.t()) if b_gate.shape[1] else gate.contiguous()
+    return gate, torch.addmm(up, low_up, b_up.t()) if b_up.shape[1] else up.contiguous()
 
 
-def lora_gated_forward(
-    gu: torch.Tensor, low: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor, act: Activation
-) -> torch.Tensor:
+def _columns(gul: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> list[int]:
+    """How many columns of `gul` belong to gate, up, the low-rank input of each, and to nothing."""
+    size, ranks = b_gate.shape[0], (b_gate.shape[1], b_up.shape[1])
+    return [size, size, *ranks, gul.shape[1] - 2 * size - sum(ranks)]
+
+
+def lora_gated_forward(gul: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor, act: Activation) -> torch.Tensor:
     """`act(gate) * up`.
 
     Args:
-        gu: (N, 2 I) contiguous, gate and up without their low-rank terms, side by side.
-        low: (N, r_gate + r_up), `x A^T` of both, contiguous, in the dtype of `gu`.
+        gul: (N, 2 I + R) contiguous: gate and up without their low-rank terms, then `x A^T` of both, side by side. What is left
+            of the R columns is not read.
         b_gate: (I, r_gate), scaled; b_up: (I, r_up).
         act: the activation.
 
     Returns:
-        (N, I) in the dtype of `gu`.
+        (N, I) in the dtype of `gul`.
     """
-    num_rows, size = gu.shape[0], b_gate.shape[0]
+    num_rows, size = gul.shape[0], b_gate.shape[0]
     ranks = (b_gate.shape[1], b_up.shape[1])
-    if not _fits(gu, low, b_gate, b_up, ranks=ranks):
-        whole = _add_low_rank(gu, low, b_gate, b_up)
-        return gated_forward(whole[:, :size].contiguous(), whole[:, size:].contiguous(), act)
-    h = gu.new_empty(num_rows, size)
+    if not _fits(gul, b_gate, b_up, ranks=ranks):
+        return gated_forward(*_add_low_rank(gul, b_gate, b_up), act)
+    h = gul.new_empty(num_rows, size)
     tile = _plain_tile(*ranks)
     if num_rows:
-        with torch.cuda.device(gu.device):
+        with torch.cuda.device(gul.device):
             _forward_kernel[_grid(num_rows, size, tile)](
-                gu, h, low, b_gate, b_up, num_rows, size, low.shape[1],
-                **_cut(act, tile, GATE=ranks[0], UP=ranks[1]),
-            )  # fmt: skip
+                gul, h, b_gate, b_up, num_rows, size, gul.shape[1], **_cut(act, tile, GATE=ranks[0], UP=ranks[1])
+            )
     return h
 
 
@@ -242,13 +246,13 @@ class GatedGradients(NamedTuple):
     """What `lora_gated_backward` returns.
 
     Attributes:
-        gu: (N, 2 I), of gate and of up, side by side.
+        gul: (N, 2 I + R), of gate, of up and of their low-rank inputs, side by side, then zeros.
         b_gate: (I, r_gate).
         b_up: (I, r_up).
         a: (r, I), of the A of the projection that follows.
     """
 
-    gu: torch.Tensor
+    gul: torch.Tensor
     b_gate: torch.Tensor
     b_up: torch.Tensor
     a: torch.Tensor
@@ -256,8 +260,7 @@ class GatedGradients(NamedTuple):
 
 def lora_gated_backward(
     grad_h: torch.Tensor,
-    gu: torch.Tensor,
-    low: torch.Tensor,
+    gul: torch.Tensor,
     b_gate: torch.Tensor,
     b_up: torch.Tensor,
     grad_low: torch.Tensor,
@@ -270,48 +273,68 @@ def lora_gated_backward(
 
     Args:
         grad_h: (N, I) contiguous, without the low-rank term of the projection that follows. Its memory may be used.
-        gu: (N, 2 I), as in forward; low, b_gate, b_up: as in forward.
+        gul: (N, 2 I + R), b_gate, b_up: as in forward.
         grad_low: (N, r) contiguous, the gradient of the low-rank input of that projection, `h a_T`.
         a_T: (I, r) contiguous, its A transposed.
         act: the activation.
         write_h: whether `grad_h` becomes `h`.
 
     Returns:
-        The gradients, in the dtype of `gu`; those of the factors are summed in fp32 over products of rounded values.
+        The gradients, in the dtype of `gul`; those of the factors are summed in fp32 over products of rounded values.
     """
     num_rows, size = grad_h.shape
     ranks = (b_gate.shape[1], b_up.shape[1], a_T.shape[1])
-    if not _fits(grad_h, gu, low, b_gate, b_up, grad_low, a_T, ranks=ranks):
+    grad_gul = torch.empty_like(gul)
+    if not _fits(grad_h, gul, b_gate, b_up, grad_low, a_T, ranks=ranks):
         if ranks[2]:
             grad_h.addmm_(grad_low, a_T.t())
-        whole = _add_low_rank(gu, low, b_gate, b_up)
-        gate, up = whole[:, :size].contiguous(), whole[:, size:].contiguous()
-        h, grad_gate, grad_up = gated_backward(grad_h, gate, up, act)
-        return _multiply_factors(torch.cat([grad_gate, grad_up], dim=1), h, low, ranks[0], grad_low)
+        gate, up = _add_low_rank(gul, b_gate, b_up)
+        grad_gate, grad_up, *_ = grad_gul.split(_columns(gul, b_gate, b_up), dim=1)
+        h, *grads = gated_backward(grad_h, gate, up, act)
+        grad_gate.copy_(grads[0])
+        grad_up.copy_(grads[1])
+        return _multiply_factors(grad_gul, h, gul, b_gate, b_up, grad_low)
     summed = max(ranks) <= MAX_SUMMED_RANK
     tile = _SUMMING_TILE if summed else _plain_tile(*ranks)
     grid = _grid(num_rows, size, tile)
-    grad_gu = torch.empty_like(gu)
-    sums = torch.empty(grid[1], size * sum(ranks) if summed else 0, dtype=torch.float32, device=gu.device)
+    sums = torch.empty(grid[1], size * sum(ranks) if summed else 0, dtype=torch.float32, device=gul.device)
     if num_rows:
-        with torch.cuda.device(gu.device):
+        with torch.cuda.device(gul.device):
             _backward_kernel[grid](
-                grad_h, gu, grad_gu, low, b_gate, b_up, grad_low, a_T, sums, num_rows, size, low.shape[1],
+                grad_h, gul, grad_gul, b_gate, b_up, grad_low, a_T, sums, num_rows, size, gul.shape[1],
                 SUMS=summed, WRITE_H=write_h or not summed, **_cut(act, tile, GATE=ranks[0], UP=ranks[1], DOWN=ranks[2]),
             )  # fmt: skip
     if write_h or not summed:
         torch.autograd.graph.increment_version(grad_h)
     if not summed:
-        return _multiply_factors(grad_gu, grad_h, low, ranks[0], grad_low)
+        return _multiply_factors(grad_gul, grad_h, gul, b_gate, b_up, grad_low)
+    _multiply_back(grad_gul, b_gate, b_up)
     parts = sums.sum(0).split([size * rank for rank in ranks])
     shapes = ((size, ranks[0]), (size, ranks[1]), (ranks[2], size))
-    return GatedGradients(grad_gu, *(part.view(shape).to(gu.dtype) for part, shape in zip(parts, shapes, strict=True)))
+    return GatedGradients(
+        grad_gul, *(part.view(shape).to(gul.dtype) for part, shape in zip(parts, shapes, strict=True))
+    )
+
+
+def _multiply_back(grad_gul: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> None:
+    """Fill the last columns with the gradients of the low-rank inputs."""
+    grad_gate, grad_up, low_gate, low_up, rest = grad_gul.split(_columns(grad_gul, b_gate, b_up), dim=1)
+    torch.mm(grad_gate, b_gate, out=low_gate)
+    torch.mm(grad_up, b_up, out=low_up)
+    rest.zero_()
 
 
 def _multiply_factors(
-    grad_gu: torch.Tensor, h: torch.Tensor, low: torch.Tensor, rank: int, grad_low: torch.Tensor
+    grad_gul: torch.Tensor,
+    h: torch.Tensor,
+    gul: torch.Tensor,
+    b_gate: torch.Tensor,
+    b_up: torch.Tensor,
+    grad_low: torch.Tensor,
 ) -> GatedGradients:
-    """The gradients of the factors from those of gate and of up; `rank` is that of gate."""
-    size = h.shape[1]
-    b_gate, b_up = grad_gu[:, :size].t() @ low[:, :rank], grad_gu[:, size:].t() @ low[:, rank:]
-    return GatedGradients(grad_gu, b_gate, b_up, grad_low.t() @ h)
+    """The other gradients from those of gate and of up."""
+    _multiply_back(grad_gul, b_gate, b_up)
+    columns = _columns(gul, b_gate, b_up)
+    grad_gate, grad_up, *_ = grad_gul.split(columns, dim=1)
+    _, _, low_gate, low_up, _ = gul.split(columns, dim=1)
+    return GatedGradients(grad_gul, grad_gate.t() @ low_gate, grad_up.t() @ low_up, grad_low.t() @ h)

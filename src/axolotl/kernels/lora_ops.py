@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from axolotl.kernels.fp8 import matmul_fp8, quantize_rows
 from axolotl.kernels.glu import Activation
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
+from axolotl.kernels.lora_rotary import has_kernel, lora_rotary_backward, lora_rotary_forward
 from axolotl.kernels.quantize import NUM_STATE_TENSORS, dequantize_parts, split_state
 from axolotl.kernels.utils import compute_dtype
 
@@ -59,7 +60,7 @@ class _Weights:
         low_rank = _unless_empty(low_rank)
         if (fp8 := self._fp8()) is not None:
             scale = torch.cat([own[0] for own in fp8], dim=1) if len(fp8) > 1 else fp8[0][0]
-            y = matmul_fp8(*quantize_rows(x), _stack(self.stored), scale, x.dtype)
+            y = matmul_fp8(*quantize_rows(x), stack(self.stored), scale, x.dtype)
             return y if low_rank is None else y.addmm_(*low_rank)
         whole = self._whole(x.dtype)
         if whole is not None:
@@ -86,6 +87,33 @@ class _Weights:
         assert grad_x is not None
         return grad_x
 
+    # Where the low-rank input comes out, or its gradient goes in, side by side with the others, its factor multiplies as more rows
+    # of the weights.
+
+    def product_with(self, x: torch.Tensor, a: torch.Tensor, room: int) -> torch.Tensor:
+        """`x [W_0; W_1; ...; a]^T` (N, O_0 + O_1 + ... + R) for a (R, H); `room` as in `_whole`."""
+        whole = self._whole(x.dtype, a, room)
+        if whole is not None:
+            return x @ whole.t()
+        y = x.new_empty(x.shape[0], sum(self.sizes) + a.shape[0])
+        *parts, low = y.split([*self.sizes, a.shape[0]], dim=1)
+        torch.mm(x, a.t(), out=low)
+        if (fp8 := self._fp8()) is not None:
+            scale = torch.cat([own[0] for own in fp8], dim=1) if len(fp8) > 1 else fp8[0][0]
+            matmul_fp8(*quantize_rows(x), stack(self.stored), scale, x.dtype, out=y[:, : sum(self.sizes)])
+            return y
+        for index, part in enumerate(parts):
+            torch.mm(x, self._dense(index, x.dtype).t(), out=part)
+        return y
+
+    def product_back_with(self, grad: torch.Tensor, a: torch.Tensor, room: int) -> torch.Tensor:
+        """`grad [W_0; W_1; ...; a]` (N, H) for a gradient (N, O_0 + O_1 + ... + R)."""
+        whole = self._whole(grad.dtype, a, room)
+        if whole is not None:
+            return grad @ whole
+        grad_y, grad_low = grad.split([sum(self.sizes), a.shape[0]], dim=1)
+        return self.product_back(grad_y, (grad_low, a))
+
     def _fp8(self) -> list[Any] | None:
         """The tensors of each `Fp8State`, or None when the weights are not in fp8."""
         if self.states[0] is None or self.states[0][1][2] != 0:
@@ -99,25 +127,42 @@ class _Weights:
             return self.stored[index].to(dtype)
         return dequantize_parts(self.stored[index], *state, dtype, out)
 
-    def _whole(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """All weights as (O_0 + O_1 + ..., H), or None when that would take a copy of dense ones."""
-        if len(self.stored) == 1:
-            return self._dense(0, dtype)
+    def _whole(self, dtype: torch.dtype, below: torch.Tensor | None = None, room: int = 0) -> torch.Tensor | None:
+        """All weights as (O_0 + O_1 + ..., H), or None when that would take a copy of dense ones.
+
+        Args:
+            dtype: of the result.
+            below: more rows (R, H), or None.
+            room: rows that `lay_in_a_row` left below the weights, and that nobody else reads.
+        """
+        if self._fp8() is not None:
+            return None
+        if below is None or not below.shape[0]:
+            if len(self.stored) == 1:
+                return self._dense(0, dtype)
+            below = self.stored[0].new_empty(0, 0)
+        rows, more = sum(self.sizes), below.shape[0]
         if all(state is not None for state in self.states):
             assert self.states[0] is not None
-            whole = torch.empty(sum(self.sizes), self.states[0][1][1], dtype=dtype, device=self.stored[0].device)
-            for index, part in enumerate(whole.split(self.sizes)):
+            whole = torch.empty(rows + more, self.states[0][1][1], dtype=dtype, device=self.stored[0].device)
+            for index, part in enumerate(whole[:rows].split(self.sizes)):
                 self._dense(index, dtype, part)
-            return whole
-        beside = self.states == [None] * len(self.stored) and _lie_in_a_row(self.stored)
-        return _stack(self.stored) if beside and self.stored[0].dtype == dtype else None
+        else:
+            dense = self.states == [None] * len(self.stored) and self.stored[0].dtype == dtype
+            if not dense or not lie_in_a_row(self.stored) or (more and not _has_room(self.stored, more, room)):
+                return None
+            # What lies below the weights is no part of them: autograd shall not see them change.
+            whole = stack([weight.data for weight in self.stored], more)
+        if more:
+            whole[rows:] = below
+        return whole
 
 
 def _unless_empty(low_rank: LowRank | None) -> LowRank | None:
     return low_rank if low_rank is not None and low_rank[0].shape[1] else None
 
 
-def _lie_in_a_row(weights: list[torch.Tensor]) -> bool:
+def lie_in_a_row(weights: list[torch.Tensor]) -> bool:
     """Whether each weight begins in memory where the one before it ends."""
     return all(
         one.dtype == other.dtype
@@ -129,14 +174,21 @@ def _lie_in_a_row(weights: list[torch.Tensor]) -> bool:
     )
 
 
-def _stack(weights: list[torch.Tensor]) -> torch.Tensor:
-    """The weights one below the other, without a copy where they lie so."""
-    if len(weights) == 1:
+def stack(weights: list[torch.Tensor], more: int = 0) -> torch.Tensor:
+    """The weights one below the other, without a copy where they lie so; with `more` rows that follow them in memory."""
+    if len(weights) == 1 and not more:
         return weights[0]
-    if not _lie_in_a_row(weights):
+    if not lie_in_a_row(weights):
         return torch.cat(weights)
-    rows = sum(weight.shape[0] for weight in weights)
+    rows = sum(weight.shape[0] for weight in weights) + more
     return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride())
+
+
+def _has_room(weights: list[torch.Tensor], rows: int, room: int) -> bool:
+    """Whether weights that lie in a row are still where `lay_in_a_row` put them, with room for `rows` more."""
+    first, columns = weights[0], weights[0].shape[1]
+    size = (sum(weight.shape[0] for weight in weights) + room) * columns * first.element_size()
+    return rows <= room and first.storage_offset() == 0 and first.untyped_storage().nbytes() == size
 
 
 def _rows_of(weights: list[torch.Tensor], layout: list[int]) -> list[int]:
@@ -205,10 +257,69 @@ def _differentiate(ctx, grad, _):
 _project.register_autograd(_differentiate, setup_context=_keep)
 
 
-# --- the MLP: gate and up side by side, then the activation with down ---------------------------------------------------
+# --- projections of one input, apart from their low-rank terms ----------------------------------------------------------
 #
-# Two operators, so that a recomputed layer (gradient checkpointing) can leave the second one out: nothing needs its outputs.
-# Elsewhere backward keeps `h A^T` of the second, and is spared writing and reading h for it.
+# For outputs that a kernel reads next, which then adds the terms in registers: that of the MLP's activation, that of the rotation.
+# The low-rank inputs lie beside the outputs, so that both come from one matmul, and so does the gradient of x.
+
+
+@torch.library.custom_op(
+    "axolotl::lora_project_apart",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, int room) -> Tensor",
+)
+def _project_apart(x, weights, state, layout, a, room):
+    """The outputs without their low-rank terms, then `x A^T`, side by side: (N, O + R)."""
+    return _Weights(weights, state, layout).product_with(x, a, room)
+
+
+@_project_apart.register_fake
+def _(x, weights, state, layout, a, room):
+    return x.new_empty(x.shape[0], sum(_rows_of(weights, layout)) + a.shape[0])
+
+
+@torch.library.custom_op(
+    "axolotl::lora_project_apart_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, int room, bool need_x) "
+    "-> (Tensor, Tensor)",
+)
+def _project_apart_backward(grad, x, weights, state, layout, a, room, need_x):
+    """The gradients of x (empty unless asked for) and of a."""
+    grad_a = grad[:, grad.shape[1] - a.shape[0] :].t() @ x
+    if not need_x:
+        return x.new_empty(0), grad_a
+    return _Weights(weights, state, layout).product_back_with(grad, a, room), grad_a
+
+
+@_project_apart_backward.register_fake
+def _(grad, x, weights, state, layout, a, room, need_x):
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(a)
+
+
+def _keep_apart(ctx, inputs, output):
+    x, weights, state, layout, a, room = inputs
+    ctx.save_for_backward(x, a, *weights, *state)
+    ctx.count, ctx.layout, ctx.room = len(weights), layout, room
+
+
+def _differentiate_apart(ctx, grad):
+    x, a, *rest = ctx.saved_tensors
+    weights, state = rest[: ctx.count], rest[ctx.count :]
+    need_x = ctx.needs_input_grad[0]
+    grad_x, grad_a = torch.ops.axolotl.lora_project_apart_backward(
+        grad.contiguous(), x, weights, state, ctx.layout, a, ctx.room, need_x
+    )
+    return grad_x if need_x else None, [None] * len(weights), [None] * len(state), None, grad_a, None
+
+
+_project_apart.register_autograd(_differentiate_apart, setup_context=_keep_apart)
+
+
+# --- the MLP: the activation of gate and up with down -------------------------------------------------------------------
+#
+# An operator of its own, so that a recomputed layer (gradient checkpointing) can leave it out: nothing needs its outputs.
+# Elsewhere backward keeps `h A^T`, and is spared writing and reading h for it.
 
 RECOMPUTED: ContextVar[bool] = ContextVar("axolotl_recomputed", default=False)
 """Whether the layer that is being traced runs again in backward, inside the same graph. Either value gives right gradients."""
@@ -220,126 +331,127 @@ def _keeps_outputs() -> bool:
 
 
 @torch.library.custom_op(
-    "axolotl::lora_gate_up",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a) -> (Tensor, Tensor)",
-)
-def _gate_up(x, weights, state, layout, a):
-    """Gate and up (N, 2 I) without their low-rank terms, and `x A^T` of both (N, R)."""
-    return _Weights(weights, state, layout).product(x), x @ a.t()
-
-
-@_gate_up.register_fake
-def _(x, weights, state, layout, a):
-    return x.new_empty(x.shape[0], sum(_rows_of(weights, layout))), x.new_empty(x.shape[0], a.shape[0])
-
-
-@torch.library.custom_op(
-    "axolotl::lora_gate_up_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor grad_low, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, bool need_x) "
-    "-> (Tensor, Tensor)",
-)
-def _gate_up_backward(grad, grad_low, x, weights, state, layout, a, need_x):
-    """The gradients of x (empty unless asked for) and of a."""
-    grad_a = grad_low.t() @ x
-    if not need_x:
-        return x.new_empty(0), grad_a
-    return _Weights(weights, state, layout).product_back(grad, (grad_low, a)), grad_a
-
-
-@_gate_up_backward.register_fake
-def _(grad, grad_low, x, weights, state, layout, a, need_x):
-    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(a)
-
-
-def _keep_gate_up(ctx, inputs, output):
-    x, weights, state, layout, a = inputs
-    ctx.save_for_backward(x, a, *weights, *state)
-    ctx.count, ctx.layout = len(weights), layout
-
-
-def _differentiate_gate_up(ctx, grad, grad_low):
-    x, a, *rest = ctx.saved_tensors
-    weights, state = rest[: ctx.count], rest[ctx.count :]
-    need_x = ctx.needs_input_grad[0]
-    grad_x, grad_a = torch.ops.axolotl.lora_gate_up_backward(
-        grad.contiguous(), grad_low.contiguous(), x, weights, state, ctx.layout, a, need_x
-    )
-    return grad_x if need_x else None, [None] * len(weights), [None] * len(state), None, grad_a
-
-
-_gate_up.register_autograd(_differentiate_gate_up, setup_context=_keep_gate_up)
-
-
-@torch.library.custom_op(
     "axolotl::lora_down",
     mutates_args=(),
-    schema="(Tensor gu, Tensor low, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
+    schema="(Tensor gul, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
     "Tensor a, Tensor b, str act, bool keep_low) -> (Tensor, Tensor)",
 )
-def _down(gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
+def _down(gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
     """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`, and `h A^T` (N, r), or (0, r) where backward does not keep it.
 
     Gate and up get their low-rank terms here.
     """
-    h_NI = lora_gated_forward(gu, low, b_gate, b_up, act)
+    h_NI = lora_gated_forward(gul, b_gate, b_up, act)
     low_Nr = h_NI @ a.t()
     y_NO = _Weights(weights, state, layout).product(h_NI, (low_Nr, b.t()))
     return y_NO, low_Nr if keep_low else low_Nr.new_empty(0, a.shape[0])
 
 
 @_down.register_fake
-def _(gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
-    num_rows = gu.shape[0]
-    return gu.new_empty(num_rows, b.shape[0]), gu.new_empty(num_rows if keep_low else 0, a.shape[0])
+def _(gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
+    num_rows = gul.shape[0]
+    return gul.new_empty(num_rows, b.shape[0]), gul.new_empty(num_rows if keep_low else 0, a.shape[0])
 
 
 @torch.library.custom_op(
     "axolotl::lora_down_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor gu, Tensor low, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
+    schema="(Tensor grad, Tensor gul, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
     "Tensor a, Tensor b, str act, Tensor low_down) -> Tensor[]",
 )
-def _down_backward(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act, low_down):
-    """The gradients of gu, low, b_gate, b_up, a and b; `low_down` is the second output of the forward operator."""
-    size, rank = b_gate.shape
+def _down_backward(grad, gul, b_gate, b_up, weights, state, layout, a, b, act, low_down):
+    """The gradients of gul, b_gate, b_up, a and b; `low_down` is the second output of the forward operator."""
     is_kept = low_down.shape[0] == grad.shape[0]
     grad_h_NI = _Weights(weights, state, layout).product_back(grad)
-    grads = lora_gated_backward(
-        grad_h_NI, gu, low, b_gate, b_up, grad @ b, a.t().contiguous(), act, write_h=not is_kept
-    )
-    grad_b = grad.t() @ (low_down if is_kept else grad_h_NI @ a.t())
-    del grad_h_NI
-    grad_low = torch.empty_like(low)
-    torch.mm(grads.gu[:, :size], b_gate, out=grad_low[:, :rank])
-    torch.mm(grads.gu[:, size:], b_up, out=grad_low[:, rank:])
-    return [grads.gu, grad_low, grads.b_gate, grads.b_up, grads.a, grad_b]
+    grads = lora_gated_backward(grad_h_NI, gul, b_gate, b_up, grad @ b, a.t().contiguous(), act, write_h=not is_kept)
+    return [*grads, grad.t() @ (low_down if is_kept else grad_h_NI @ a.t())]
 
 
 @_down_backward.register_fake
-def _(grad, gu, low, b_gate, b_up, weights, state, layout, a, b, act, low_down):
-    return [torch.empty_like(tensor) for tensor in (gu, low, b_gate, b_up, a, b)]
+def _(grad, gul, b_gate, b_up, weights, state, layout, a, b, act, low_down):
+    return [torch.empty_like(tensor) for tensor in (gul, b_gate, b_up, a, b)]
 
 
 def _keep_down(ctx, inputs, output):
-    gu, low, b_gate, b_up, weights, state, layout, a, b, act, keep_low = inputs
+    gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low = inputs
     # An output that is saved, be it empty, is an output that a recomputed layer needs.
-    ctx.save_for_backward(gu, low, b_gate, b_up, a, b, output[1] if keep_low else None, *weights, *state)
+    ctx.save_for_backward(gul, b_gate, b_up, a, b, output[1] if keep_low else None, *weights, *state)
     ctx.layout, ctx.act = layout, act
 
 
 def _differentiate_down(ctx, grad, _):
-    gu, low, b_gate, b_up, a, b, low_down, weight, *state = ctx.saved_tensors
+    gul, b_gate, b_up, a, b, low_down, weight, *state = ctx.saved_tensors
     if low_down is None:
-        low_down = gu.new_empty(0, a.shape[0])
-    grad_gu, grad_low, grad_gate, grad_up, grad_a, grad_b = torch.ops.axolotl.lora_down_backward(
-        grad.contiguous(), gu, low, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act, low_down
+        low_down = gul.new_empty(0, a.shape[0])
+    grad_gul, grad_gate, grad_up, grad_a, grad_b = torch.ops.axolotl.lora_down_backward(
+        grad.contiguous(), gul, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act, low_down
     )
-    return grad_gu, grad_low, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None
+    return grad_gul, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None
 
 
 _down.register_autograd(_differentiate_down, setup_context=_keep_down)
+
+
+# --- the attention: the rotation of queries and keys --------------------------------------------------------------------
+#
+# Nothing of the joint matmul's output outlives the forward.
+
+
+@torch.library.custom_op(
+    "axolotl::lora_rotary",
+    mutates_args=(),
+    schema="(Tensor yl, Tensor b, int[] rows, int[] ranks, Tensor? bias_q, Tensor? bias_k, Tensor? bias_v, "
+    "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
+)
+def _rotary(yl, b, rows, ranks, bias_q, bias_k, bias_v, cos, sin):
+    """Queries and keys, rotated, and values: (B, T, heads, D) each. `yl` (B, T, O + R) gets its low-rank terms and biases here.
+
+    `b` (O, R) is block-diagonal, of `rows` by `ranks` and then columns of zeros.
+    """
+    blocks = b.split(rows)
+    b_q, b_k, b_v = (
+        block.narrow(1, sum(ranks[:at]), rank) for at, (block, rank) in enumerate(zip(blocks, ranks, strict=True))
+    )
+    return lora_rotary_forward(yl, (b_q, b_k, b_v), (bias_q, bias_k, bias_v), cos, sin)
+
+
+@_rotary.register_fake
+def _(yl, b, rows, ranks, bias_q, bias_k, bias_v, cos, sin):
+    size = cos.shape[-1]
+    query, key, value = (yl.new_empty(*yl.shape[:2], count // size, size) for count in rows)
+    return query, key, value
+
+
+@torch.library.custom_op(
+    "axolotl::lora_rotary_backward",
+    mutates_args=(),
+    schema="(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor low, Tensor b, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+)
+def _rotary_backward(grad_q, grad_k, grad_v, low, b, cos, sin):
+    """The gradients of yl and b, of which the blocks count; `low` (N, R) are the last columns of yl."""
+    grad_yl = lora_rotary_backward((grad_q, grad_k, grad_v), cos, sin, low.shape[1])
+    grad_y_NO, grad_low_NR = grad_yl.flatten(0, 1).split(b.shape, dim=1)
+    torch.mm(grad_y_NO, b, out=grad_low_NR)
+    return grad_yl, grad_y_NO.t() @ low
+
+
+@_rotary_backward.register_fake
+def _(grad_q, grad_k, grad_v, low, b, cos, sin):
+    return grad_q.new_empty(*grad_q.shape[:2], sum(b.shape)), torch.empty_like(b)
+
+
+def _keep_rotary(ctx, inputs, output):
+    yl, b, _, _, _, _, _, cos, sin = inputs
+    # A copy: a view would keep all of yl.
+    ctx.save_for_backward(yl.flatten(0, 1)[:, b.shape[0] :].clone(), b, cos, sin)
+
+
+def _differentiate_rotary(ctx, grad_q, grad_k, grad_v):
+    grad_yl, grad_b = torch.ops.axolotl.lora_rotary_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors)
+    return grad_yl, grad_b, None, None, None, None, None, None, None
+
+
+_rotary.register_autograd(_differentiate_rotary, setup_context=_keep_rotary)
 
 
 # --- what the modules call ----------------------------------------------------------------------------------------------
@@ -368,6 +480,16 @@ def _read_adapters(
         for count, (_, _, _, _, B, s) in zip(rows, projections, strict=True)
     ]
     return a_RH, b_Or
+
+
+def round_up_rank(rank: int) -> int:
+    """So that rows which hold a low-rank input beside something else are 32 bytes apart in half precision."""
+    return -(-rank // 16) * 16
+
+
+def _filled_up(a: torch.Tensor) -> torch.Tensor:
+    """a (R, H), then rows of zeros."""
+    return F.pad(a, (0, 0, 0, round_up_rank(a.shape[0]) - a.shape[0]))
 
 
 def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
@@ -405,13 +527,60 @@ def project_in_graph(x: torch.Tensor, projections: list[Projection]) -> list[tor
     return [y.view(*x.shape[:-1], y.shape[-1]).to(kept) for y in outputs]
 
 
-def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation) -> torch.Tensor:
+def rotates_in_graph(
+    x: torch.Tensor, ranks: tuple[int, ...], head_size: int, cos: torch.Tensor, sin: torch.Tensor
+) -> bool:
+    """Whether the operator `lora_rotary` rotates this, and does so at least as fast as the compiler's own code.
+
+    Args:
+        x: (..., H).
+        ranks: of the adapters of query, key and value; 0 for none.
+        head_size: features of a head.
+        cos: what the model rotates by, and so is `sin`.
+    """
+    tables = cos.dim() == sin.dim() == 3 and cos.shape[-1] == sin.shape[-1] == head_size and x.dim() == 3
+    if not tables or cos.requires_grad or sin.requires_grad:
+        return False
+    return not x.is_cuda or has_kernel(compute_dtype("cuda", x.dtype), head_size, ranks)
+
+
+def project_rotated_in_graph(
+    x: torch.Tensor, projections: list[Projection], cos: torch.Tensor, sin: torch.Tensor, room: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys with their positions, and values, for use under `torch.compile` where `rotates_in_graph`.
+
+    Args:
+        x: (B, T, H).
+        projections: query, key and value, as in `project_in_graph`.
+        cos: (B, T, D) or (1, T, D), where D are the features of a head.
+        sin: as `cos`.
+        room: rows that `lay_in_a_row` left below the weights.
+
+    Returns:
+        Queries and keys (B, T, heads, D) and values (B, T, O), in the dtype of autocast where it is on, else that of x.
+    """
+    dtype = compute_dtype(x.device.type, x.dtype)
+    x_NH = x.reshape(-1, x.shape[-1]).to(dtype)
+    weights, state, layout, rows = _read_frozen(projections)
+    with torch.autocast(x.device.type, enabled=False):
+        a_RH, b_Or = _read_adapters(projections, rows, x_NH.shape[-1], x_NH)
+        yl = torch.ops.axolotl.lora_project_apart(x_NH, weights, state, layout, _filled_up(a_RH), room)
+        biases = [None if bias is None else bias.to(dtype) for _, bias, *_ in projections]
+        yl = yl.view(*x.shape[:-1], yl.shape[-1])
+        ranks = [b.shape[1] for b in b_Or]
+        b_OR = F.pad(_block_diagonal(b_Or), (0, round_up_rank(sum(ranks)) - sum(ranks)))
+        query, key, value = torch.ops.axolotl.lora_rotary(yl, b_OR, rows, ranks, *biases, cos, sin)
+    return query, key, value.flatten(2)
+
+
+def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation, room: int = 0) -> torch.Tensor:
     """`down(act(gate(x)) * up(x))`, for use under `torch.compile`.
 
     Args:
         x: (..., H).
         projections: gate, up and down, as in `project_in_graph`, without biases.
         act: the activation.
+        room: rows that `lay_in_a_row` left below the weights of gate and up.
 
     Returns:
         (..., O), in the dtype of autocast where it is on, else that of x.
@@ -421,18 +590,24 @@ def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation
     weights, state, layout, rows = _read_frozen(projections[:2])
     with torch.autocast(x.device.type, enabled=False):
         a_RH, (b_gate, b_up) = _read_adapters(projections[:2], rows, x_NH.shape[-1], x_NH)
-        gu_NI, low_NR = torch.ops.axolotl.lora_gate_up(x_NH, weights, state, layout, a_RH)
+        gul = torch.ops.axolotl.lora_project_apart(x_NH, weights, state, layout, _filled_up(a_RH), room)
         weights, state, layout, rows_down = _read_frozen(projections[2:])
         a_down, (b_down,) = _read_adapters(projections[2:], rows_down, rows[0], x_NH)
         y_NO, _ = torch.ops.axolotl.lora_down(
-            gu_NI, low_NR, b_gate, b_up, weights, state, layout, a_down, b_down, act, _keeps_outputs()
+            gul, b_gate, b_up, weights, state, layout, a_down, b_down, act, _keeps_outputs()
         )
     kept = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1]).to(kept)
 
 
-def lay_in_a_row(weights: list[torch.nn.Parameter]) -> None:
-    """Give dense weights of one width and dtype one memory, so that they multiply in one matmul."""
+def lay_in_a_row(weights: list[torch.nn.Parameter], room: int = 0) -> None:
+    """Give dense weights of one width and dtype one memory, so that they multiply in one matmul.
+
+    Args:
+        weights: (O_i, H) each. Changed in place.
+        room: rows to leave below the last one.
+    """
     sizes = [weight.shape[0] for weight in weights]
-    for weight, part in zip(weights, torch.cat([weight.data for weight in weights]).split(sizes), strict=True):
+    rows = torch.cat([*(weight.data for weight in weights), weights[0].data.new_zeros(room, weights[0].shape[1])])
+    for weight, part in zip(weights, rows.split([*sizes, room]), strict=False):
         weight.data = part

@@ -61,19 +61,19 @@ def test_outputs_that_nobody_uses_have_no_gradient():
     )
 
 
-@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("room", [None, 0, 16])
 @pytest.mark.parametrize("act", list(ACTIVATIONS))
 @pytest.mark.parametrize("ranks", [(4, 2, 3), (0, 3, 0), (2, 2, 0), (0, 0, 4)])
-def test_mlp(ranks, act, side_by_side):
+def test_mlp(ranks, act, room):
     torch.manual_seed(0)
     gate, up, down = make_projection(6, 8, ranks[0]), make_projection(6, 8, ranks[1]), make_projection(8, 5, ranks[2])
-    if side_by_side:
+    if room is not None:
         weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in (gate, up)]
-        lay_in_a_row(weights)
+        lay_in_a_row(weights, room)
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
         gate, up = ((weight, *projection[1:]) for weight, projection in zip(weights, (gate, up), strict=True))
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    ours = mlp_in_graph(x, [gate, up, down], act)
+    ours = mlp_in_graph(x, [gate, up, down], act, room or 0)
     theirs = reference(ACTIVATIONS[act](reference(x, gate)) * reference(x, up), down)
     # The activation computes in fp64 only where its inputs are: no rounding beyond that of the sums.
     assert_same_gradients(ours, theirs, [x, *trained([gate, up, down])])
@@ -101,8 +101,8 @@ def test_projections_whose_weights_lie_in_a_row():
 
 def test_gated_backward_leaves_the_activation_where_it_is_asked_to():
     torch.manual_seed(0)
-    gu, low, grad = torch.randn(5, 14), torch.randn(5, 3), torch.randn(5, 7)
+    gul, grad = torch.randn(5, 14 + 4), torch.randn(5, 7)
     b_gate, b_up, grad_low, a_T = torch.randn(7, 2), torch.randn(7, 1), torch.randn(5, 4), torch.randn(7, 4)
-    h = lora_gated_forward(gu, low, b_gate, b_up, "silu")
-    lora_gated_backward(grad, gu, low, b_gate, b_up, grad_low, a_T, "silu", write_h=True)
+    h = lora_gated_forward(gul, b_gate, b_up, "silu")
+    lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a_T, "silu", write_h=True)
     torch.testing.assert_close(grad, h)

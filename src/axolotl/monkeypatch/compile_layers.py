@@ -168,7 +168,7 @@ def compile_layers(
 
     Args:
         model: a model of transformers, or a peft model around one. Changed in place: their `forward`, on the instance.
-        options: keyword arguments of `torch.compile`.
+        options: keyword arguments of `torch.compile`, in place of those chosen here.
         may_fall_back: see `CompiledForward`.
 
     Returns:
@@ -181,12 +181,17 @@ def compile_layers(
     layers = get_layers(model)
     for module in (*layers, *_final_norms(model)):
         if not isinstance(module.__dict__.get("forward"), CompiledForward):
-            module.forward = CompiledForward(module, options or {}, may_fall_back=may_fall_back)
+            module.forward = CompiledForward(module, options or _default_options(), may_fall_back=may_fall_back)
     base = plain_model(model)
     method = base._set_gradient_checkpointing
     if "__call__" in vars(GradientCheckpointingLayer) and not _is_switch(method):
         base._set_gradient_checkpointing = functools.partial(_switch_checkpointing, base, method)
     return layers
+
+
+def _default_options() -> dict[str, Any]:
+    """For inductor on CUDA: small kernels that do not depend on each other run as one, half a percent faster on an H200."""
+    return {"options": {"combo_kernels": True}} if torch.cuda.is_available() else {}
 
 
 def _final_norms(model: nn.Module) -> list[nn.Module]:

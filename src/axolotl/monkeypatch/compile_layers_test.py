@@ -85,7 +85,15 @@ def test_compiled_layers_compute_what_plain_ones_do(model_type, lora, tmp_path):
     assert counters["stats"]["unique_graphs"] <= (6 if lora else 4)
 
 
-def test_rows_of_one_length_compile_once(tmp_path):
+@pytest.fixture
+def rotations(monkeypatch) -> list[int]:
+    """One entry for every call of the operator that rotates queries and keys."""
+    calls, forward = [], lora_ops.lora_rotary_forward
+    monkeypatch.setattr(lora_ops, "lora_rotary_forward", lambda *args: calls.append(1) or forward(*args))
+    return calls
+
+
+def test_rows_of_one_length_compile_once(tmp_path, rotations):
     model = make("llama", tmp_path, lora=True)
     compile_layers(model, FAST)
     for seed in range(4):
@@ -94,6 +102,7 @@ def test_rows_of_one_length_compile_once(tmp_path):
         gradients(model, {"input_ids": ids, "labels": ids})
     # The first layer, which takes no gradient of its input, the others, and the last norm.
     assert counters["stats"]["unique_graphs"] == 3
+    assert len(rotations) == 4 * len(model.base_model.model.model.layers)
 
 
 def test_evaluation_and_generation_are_not_compiled(tmp_path):
@@ -106,7 +115,7 @@ def test_evaluation_and_generation_are_not_compiled(tmp_path):
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, monkeypatch):
+def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, monkeypatch, rotations):
     calls, formed = [], []
     forward, backward = lora_ops.lora_gated_forward, lora_ops.lora_gated_backward
 
@@ -126,11 +135,15 @@ def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, m
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         calls.clear()
         formed.clear()
+        rotations.clear()
         loss, grads = gradients(model, batch)
         assert counters["stats"]["unique_graphs"] > 0
         assert not counters["graph_break"]
         assert loss == pytest.approx(wanted_loss, abs=1e-5)
         assert len(calls) == layers  # once per layer, not again in backward
+        assert len(rotations) == (
+            2 * layers if checkpointing else layers
+        )  # attention's backward needs queries and keys
         assert formed == [checkpointing] * layers  # what forward had from h is formed again only where it was not kept
         for name, grad in wanted.items():
             torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)

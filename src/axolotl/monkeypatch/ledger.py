@@ -33,6 +33,7 @@ from axolotl.monkeypatch.fp8_linear import apply_fp8_training
 from axolotl.monkeypatch.gradient_checkpointing.choose import why_not_offloaded_by_default
 from axolotl.monkeypatch.gradient_checkpointing.install import apply_activation_policies
 from axolotl.monkeypatch.gradient_checkpointing.selective import Selection
+from axolotl.monkeypatch.joined_linear import apply_joined_linear
 from axolotl.monkeypatch.layer_graphs import apply_cuda_graphs
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
@@ -128,6 +129,11 @@ def _apply_fp8_base(cfg: DictDefault, model: nn.Module | None) -> None:
 def _apply_fp8_training(cfg: DictDefault, model: nn.Module | None) -> None:
     assert model is not None
     apply_fp8_training(model, cfg)
+
+
+def _apply_joined_linear(cfg: DictDefault, model: nn.Module | None) -> None:
+    if model is not None:
+        apply_joined_linear(cfg, model)
 
 
 def _wants_compile(cfg: DictDefault) -> bool:
@@ -293,6 +299,16 @@ LEDGER: tuple[Patch, ...] = (
         stage="post_model_load",
         condition=_wants_activation_policies,
         apply=_apply_activation_policies,
+    ),
+    Patch(
+        name="joined projections",
+        what="the class of attentions whose weights are all trained, and the memory in which those of q, k and v lie: in compiled "
+        "layers they are one matmul",
+        why="the matmuls of few key-value heads are too small for a GPU, and every projection reads its input again",
+        until="transformers keeps projections of one input in one weight",
+        stage="post_model_load",
+        condition=lambda cfg: _wants_compile(cfg) and not cfg.adapter and not cfg.fp8,
+        apply=_apply_joined_linear,
     ),
     Patch(
         name="compiled layers",

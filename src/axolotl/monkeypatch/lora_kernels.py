@@ -2,8 +2,9 @@
 
 No source is rewritten. An MLP becomes an instance of a subclass with another `forward`. So does an attention; its own
 `forward` still runs, but sees projections that ask `apply_qkv` and `apply_o`: whichever of q, k and v it calls first computes
-all three, and the other two are handed out when it calls them with the same input. Nothing is set on instances, so that
-`torch.compile` sees the same code in every layer and compiles it once. `remove_lora_kernel_patches` undoes all of it.
+all three, and the other two are handed out when it calls them with the same input. In compiled layers queries and keys come
+rotated, where `lora_rotary` finds that the forward rotates them next. Nothing is set on instances, so that `torch.compile` sees
+the same code in every layer and compiles it once. `remove_lora_kernel_patches` undoes all of it.
 
 A layer that the functions do not fit stays as it is, and the reason is noted; what can change later (dropout in training
 mode, several active adapters, hooks, trained base weights) is asked at every forward.
@@ -34,18 +35,20 @@ from axolotl.kernels.lora import (
     apply_lora_mlp_swiglu,
     apply_lora_o,
     apply_lora_qkv,
+    apply_lora_qkv_rotated,
     why_not_fused,
 )
-from axolotl.kernels.lora_ops import lay_in_a_row
+from axolotl.kernels.lora_ops import lay_in_a_row, round_up_rank
 from axolotl.loaders.utils import plain_model
 from axolotl.model_support import read_model_support
+from axolotl.monkeypatch.lora_rotary import Rotation, find_rotation
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schemas.validation.common import LORA_KERNELS
 
 LOG = get_logger(__name__)
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 # By the class that transformers builds for each name of an activation.
@@ -105,12 +108,19 @@ class _Projections:
 
     It lives as long as the call, so that nothing outlives an interrupted one, and nothing outside changes, which
     `torch.compile` does not allow inside a checkpoint.
+
+    Args:
+        attention: the attention.
+        source: an input of q, k and v whose outputs are known.
+        ready: these outputs, by the names of the projections.
     """
 
-    def __init__(self, attention: nn.Module):
+    def __init__(
+        self, attention: nn.Module, source: torch.Tensor | None = None, ready: dict[str, torch.Tensor] | None = None
+    ):
         self._attention = attention
-        self._source: torch.Tensor | None = None
-        self._ready: dict[str, torch.Tensor] = {}
+        self._source = source
+        self._ready: dict[str, torch.Tensor] = {} if ready is None else ready
         self.q_proj = _Projection(self, "q_proj", attention.q_proj)
         self.k_proj = _Projection(self, "k_proj", attention.k_proj)
         self.v_proj = _Projection(self, "v_proj", attention.v_proj)
@@ -122,7 +132,7 @@ class _Projections:
             return self._attention.apply_o(x)
         if self._source is not x or name not in self._ready:
             query, key, value = self._attention.apply_qkv(x)
-            self._source, self._ready = x, {"q_proj": query, "k_proj": key, "v_proj": value}
+            self._source, self._ready = x, dict(zip(QKV, (query, key, value), strict=True))
         output = self._ready.pop(name)
         if not self._ready:
             # This object and its projections refer to each other: what it held would live until the garbage collector ran.
@@ -133,17 +143,36 @@ class _Projections:
         return getattr(self._attention, name)
 
 
-def _read_original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+def read_original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     """The forward that a class came with."""
     return cls._original_forward if hasattr(cls, "_original_forward") else cls.forward
 
 
 @functools.cache
-def _wrapped_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrapped_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention's forward in which its projections go through its `apply_qkv` and `apply_o`, where it has them."""
+
     def axolotl_attn_forward(self, *args, **kwargs):
         return original(_Projections(self) if hasattr(self, "apply_qkv") else self, *args, **kwargs)
 
     # The signature stays visible to those who look for it.
+    axolotl_attn_forward.__wrapped__ = original
+    return axolotl_attn_forward
+
+
+@functools.cache
+def _rotating_forward(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+    """`wrapped_forward`, except that an operator rotates queries and keys where it can."""
+    plain = wrapped_forward(original)
+
+    def axolotl_attn_forward(self, *args, **kwargs):
+        tables = rotation.find_tables(args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rotated = None if tables is None else apply_lora_qkv_rotated(self, hidden, *tables)
+        if rotated is None:
+            return plain(self, *args, **kwargs)
+        return rotation.forward(_Projections(self, hidden, dict(zip(QKV, rotated, strict=True))), *args, **kwargs)
+
     axolotl_attn_forward.__wrapped__ = original
     return axolotl_attn_forward
 
@@ -154,9 +183,10 @@ def _subclass(cls: type[nn.Module], members: tuple[tuple[str, Any], ...]) -> typ
     return type(cls.__name__, (cls,), {"_lora_kernels_base": cls, "__module__": cls.__module__, **dict(members)})
 
 
-def _become(module: nn.Module, **members: Any) -> None:
+def become(module: nn.Module, **members: Any) -> None:
+    """Let a module be of a class with other members; `_original_forward` is the forward that its own class came with."""
     base = getattr(type(module), "_lora_kernels_base", type(module))
-    members["_original_forward"] = _read_original_forward(base)
+    members["_original_forward"] = read_original_forward(base)
     module.__class__ = _subclass(base, tuple(sorted(members.items(), key=lambda member: member[0])))
 
 
@@ -191,7 +221,7 @@ def patch_self_attn_lora(cfg: DictDefault) -> None:
     attention_cls = get_attention_cls_from_config(cfg)
     if "_original_forward" not in attention_cls.__dict__:
         attention_cls._original_forward = attention_cls.forward
-        attention_cls.forward = _wrapped_forward(attention_cls._original_forward)
+        attention_cls.forward = wrapped_forward(attention_cls._original_forward)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -220,6 +250,18 @@ def get_layers(model: nn.Module) -> list[nn.Module]:
     if not lists:
         raise ModelError(f"{type(base).__name__} has no list of layers. Set `lora_*_kernel: false`.")
     return list(max(lists, key=len))
+
+
+def find_attentions(layers: list[nn.Module]) -> list[nn.Module]:
+    """The attentions to themselves among the modules of decoder layers, with projections under the usual names."""
+    return [
+        module
+        for layer in layers
+        for name, module in layer.named_modules()
+        if "cross" not in name.rpartition(".")[2]
+        and "attn" in name.rpartition(".")[2] + type(module).__name__.lower()
+        and _has_all(module, (*QKV, "o_proj"))
+    ]
 
 
 def _why_never_fused(proj: Any) -> str | None:
@@ -275,8 +317,12 @@ def _computes_the_same(mlp: nn.Module) -> bool:
     return bool((got - wanted).norm() <= _TOLERANCE * wanted.norm().clamp_min(1e-6))
 
 
-def _join(projections: list[nn.Module]) -> None:
-    """Let the dense weights of projections of one input share one memory: compiled layers multiply them at once."""
+def _join(projections: list[nn.Module]) -> int:
+    """Let the dense weights of projections of one input share one memory: compiled layers multiply them at once.
+
+    Returns:
+        Rows that were left below them for the A matrices of their adapters.
+    """
     weights: list[Any] = [
         proj.base_layer.weight if isinstance(proj, LoraLayer) else proj.weight for proj in projections
     ]
@@ -285,8 +331,12 @@ def _join(projections: list[nn.Module]) -> None:
         (weight.device, weight.dtype, weight.shape[-1]) == (first.device, first.dtype, first.shape[-1])
         for weight in others
     )
-    if alike and all(weight.is_cuda and weight.is_floating_point() and weight.is_contiguous() for weight in weights):
-        lay_in_a_row(weights)
+    if not alike or not all(w.is_cuda and w.is_floating_point() and w.is_contiguous() for w in weights):
+        return 0
+    ranks = sum(max(proj.r.values()) for proj in projections if isinstance(proj, LoraLayer))
+    room = round_up_rank(ranks)
+    lay_in_a_row(weights, room)
+    return room
 
 
 class _MLPPatcher:
@@ -313,21 +363,21 @@ class _MLPPatcher:
         else:
             return f"its activation is {kind.__name__}"
         plain = type(mlp)
-        _become(mlp, **members)
+        become(mlp, **members)
         if type(mlp) not in self.checked:
             self.checked[type(mlp)] = _computes_the_same(mlp)
         if not self.checked[type(mlp)]:
             mlp.__class__ = plain
             return f"{plain.__name__} computes more than `down(act(gate) * up)`"
-        _join([mlp.gate_proj, mlp.up_proj])
+        become(mlp, **members, adapter_room=_join([mlp.gate_proj, mlp.up_proj]))
         return None
 
 
-def _why_not_seen_through(attention: nn.Module) -> str | None:
-    """Whether the attention's forward can run with `_Projections` in place of itself: not when it needs to be itself."""
+def why_not_seen_through(attention: nn.Module) -> str | None:
+    """Whether an attention's forward can run with `_Projections` in place of itself: not when it needs to be itself."""
     if "forward" in attention.__dict__:
         return "somebody else has replaced its forward"
-    code = getattr(inspect.unwrap(_read_original_forward(type(attention))), "__code__", None)
+    code = getattr(inspect.unwrap(read_original_forward(type(attention))), "__code__", None)
     if code is None:
         return "its forward is no Python function"
     if "__class__" in code.co_freevars or any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code)):
@@ -338,30 +388,39 @@ def _why_not_seen_through(attention: nn.Module) -> str | None:
 def _why_not_qkv(attention: nn.Module) -> str | None:
     if getattr(attention, "is_kv_shared_layer", False):
         return "it takes keys and values from another layer"
-    return _why_not_seen_through(attention) or _why_not(_children(attention, _QKV))
+    return why_not_seen_through(attention) or _why_not(_children(attention, QKV))
 
 
 def _why_not_o(attention: nn.Module) -> str | None:
-    return _why_not_seen_through(attention) or _why_not([attention.o_proj])
+    return why_not_seen_through(attention) or _why_not([attention.o_proj])
 
 
 def _patch_attentions(attentions: list[nn.Module], cfg: DictDefault) -> None:
     qkv = [_why_not_qkv(attention) for attention in attentions] if cfg.lora_qkv_kernel else []
     out = [_why_not_o(attention) for attention in attentions] if cfg.lora_o_kernel else []
+    rotated = []
     for at, attention in enumerate(attentions):
-        if _why_not_seen_through(attention):
+        if why_not_seen_through(attention):
             continue
-        original = _read_original_forward(type(attention))
-        _become(
+        original = read_original_forward(type(attention))
+        forward = wrapped_forward(original) if None in qkv or None in out else original
+        if qkv and qkv[at] is None:
+            rotation = find_rotation(attention, original)
+            rotated.append(rotation if isinstance(rotation, str) else None)
+            if isinstance(rotation, Rotation):
+                forward = _rotating_forward(original, rotation)
+        become(
             attention,
-            forward=_wrapped_forward(original) if None in qkv or None in out else original,
+            adapter_room=_join(_children(attention, QKV)) if qkv and qkv[at] is None else 0,
+            forward=forward,
             apply_qkv=apply_lora_qkv if qkv and qkv[at] is None else original_apply_qkv,
             apply_o=apply_lora_o if out and out[at] is None else original_apply_o,
         )
-        if qkv and qkv[at] is None:
-            _join(_children(attention, _QKV))
     if cfg.lora_qkv_kernel:
         _note(cfg, "lora_qkv_kernel", "attention layers", qkv)
+        LOG.debug(
+            f"Compiled, {rotated.count(None)} of them rotate in an operator; others: {Counter(filter(None, rotated))}"
+        )
     if cfg.lora_o_kernel:
         _note(cfg, "lora_o_kernel", "attention layers", out)
 
@@ -373,7 +432,7 @@ def _patch_embedding(module: LoraEmbedding) -> str | None:
     base = module.base_layer
     if type(base) is not nn.Embedding or base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
         return f"its base layer is {type(base).__name__} with options of its own"
-    _become(module, forward=apply_lora_embedding)
+    become(module, forward=apply_lora_embedding)
     return None
 
 
@@ -412,19 +471,12 @@ def apply_lora_kernel_patches(model: PeftModel, cfg: DictDefault) -> PeftModel:
             note_choice(cfg, key, False, f"the fused LoRA kernels do not fit this model: {refused}")
         return model
     layers = get_layers(model)
-    modules = [(name.rpartition(".")[2], module) for layer in layers for name, module in layer.named_modules()]
     if cfg.lora_qkv_kernel or cfg.lora_o_kernel or cfg.lora_mlp_kernel:
-        attentions = [
-            module
-            for name, module in modules
-            if "cross" not in name
-            and "attn" in name + type(module).__name__.lower()
-            and _has_all(module, (*_QKV, "o_proj"))
-        ]
-        _patch_attentions(attentions, cfg)
+        _patch_attentions(find_attentions(layers), cfg)
     if cfg.lora_mlp_kernel:
         patch = _MLPPatcher()
-        _note(cfg, "lora_mlp_kernel", "MLPs", [patch(module) for _, module in modules if _has_all(module, _MLP)])
+        mlps = [module for layer in layers for module in layer.modules() if _has_all(module, _MLP)]
+        _note(cfg, "lora_mlp_kernel", "MLPs", [patch(mlp) for mlp in mlps])
     if cfg.lora_embedding_kernel:
         embeddings = [module for module in model.modules() if isinstance(module, LoraEmbedding)]
         if embeddings:  # Few adapters have one, and then there is nothing to say.
