@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
+from axolotl.kernels.frozen_weights import lie_in_a_row, round_up_rank
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
-from axolotl.kernels.lora_ops import lie_in_a_row, round_up_rank
 from axolotl.monkeypatch.attention import varlen
 from axolotl.monkeypatch.attention.documents import add_document_hook
 from axolotl.monkeypatch.compile_layers import COMPILED_BY_DEFAULT, compile_layers

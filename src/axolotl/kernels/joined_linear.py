@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from axolotl.kernels.lora_ops import lie_in_a_row, stack
+from axolotl.kernels.frozen_weights import lie_in_a_row, stack
 from axolotl.kernels.utils import compute_dtype
 
 

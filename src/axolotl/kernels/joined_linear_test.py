@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from axolotl.kernels.frozen_weights import lay_in_a_row, lie_in_a_row
 from axolotl.kernels.joined_linear import joined_linear
-from axolotl.kernels.lora_ops import lay_in_a_row, lie_in_a_row
 
 
 def make_group(

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from axolotl.kernels.frozen_weights import lay_in_a_row
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
-from axolotl.kernels.lora_ops import lay_in_a_row, mlp_in_graph, project_in_graph
+from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl.kernels.lora_ops import project_in_graph, project_rotated_in_graph, rotates_in_graph, round_up_rank
+from axolotl.kernels.frozen_weights import round_up_rank
+from axolotl.kernels.lora_ops import project_in_graph, project_rotated_in_graph, rotates_in_graph
 from axolotl.kernels.lora_rotary import has_kernel, lora_rotary_backward, lora_rotary_forward
 
 SIZE, HEADS = 4, (3, 2, 2)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from axolotl.kernels.frozen_weights import lay_in_a_row, lie_in_a_row
 from axolotl.kernels.joined_linear import joined_linear
-from axolotl.kernels.lora_ops import lay_in_a_row, lie_in_a_row
 from axolotl.monkeypatch.compile_layers import runs_compiled
 from axolotl.monkeypatch.lora_kernels import (
     QKV,

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from axolotl.kernels import joined_linear
-from axolotl.kernels.lora_ops import lie_in_a_row
+from axolotl.kernels.frozen_weights import lie_in_a_row
 from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
 from axolotl.monkeypatch.joined_linear import apply_joined_linear, join_projections, why_not_joined
 from axolotl.utils.dict import DictDefault

@@ -29,6 +29,7 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from axolotl.exceptions import ModelError
+from axolotl.kernels.frozen_weights import lay_in_a_row, round_up_rank
 from axolotl.kernels.lora import (
     apply_lora_embedding,
     apply_lora_mlp_geglu,
@@ -38,7 +39,6 @@ from axolotl.kernels.lora import (
     apply_lora_qkv_rotated,
     why_not_fused,
 )
-from axolotl.kernels.lora_ops import lay_in_a_row, round_up_rank
 from axolotl.loaders.utils import plain_model
 from axolotl.model_support import read_model_support
 from axolotl.monkeypatch.lora_rotary import Rotation, find_rotation
