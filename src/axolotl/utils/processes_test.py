@@ -24,7 +24,7 @@ from datasets import Dataset
 from axolotl.core.datasets.map_rows import BLOCK_ROWS, map_rows
 
 def convert(rows, numbers):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(600)
     return rows
 
@@ -38,7 +38,7 @@ from axolotl.datasets import TokenizedPromptDataset
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 
 def keeps(row):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(600)
 
 class Strategy(PromptTokenizingStrategy):
@@ -57,7 +57,7 @@ from pathlib import Path
 from tests.integration.training_runs import run_on_ranks
 
 def sleep(folder):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(600)
 
 if __name__ == "__main__":
@@ -75,7 +75,7 @@ from axolotl.utils.data.stream_rows import RowPolicy
 from axolotl.utils.data.stream_sources import StreamSource
 
 def collate(rows):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     return {}
 
 if __name__ == "__main__":
