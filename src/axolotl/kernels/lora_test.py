@@ -237,11 +237,9 @@ def test_parameters_of_a_projection():
 
 
 def is_fused(mlp, x):
-    return (
-        "LoRA_MLP"
-        in type(apply_lora_mlp_swiglu(mlp, x).grad_fn.next_functions[0][0]).__name__
-        + type(apply_lora_mlp_swiglu(mlp, x).grad_fn).__name__
-    )
+    node = apply_lora_mlp_swiglu(mlp, x).grad_fn
+    # PyTorch 2.11 does not tell what comes before a function of ours.
+    return "LoRA_MLP" in type(node).__name__ or "LoRA_MLP" in type(node.next_functions[0][0]).__name__
 
 
 @pytest.mark.parametrize(

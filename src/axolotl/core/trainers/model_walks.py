@@ -38,8 +38,9 @@ def quick_walks(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in quick:
-            own.pop(name, None)
+        for name, function in quick.items():
+            if own.get(name) is function:  # not what somebody has put in its place meanwhile
+                del own[name]
 
 
 def train_unless_training(model: nn.Module, mode: bool = True) -> nn.Module:

@@ -48,6 +48,17 @@ def test_training_mode_comes_back_wherever_it_was_left():
     assert "train" not in vars(model) and "zero_grad" not in vars(model)
 
 
+def test_what_is_put_in_their_place_meanwhile_stays():
+    model = make_model()
+
+    def train(mode: bool = True):
+        return model
+
+    with quick_walks(model):
+        model.train = train
+    assert vars(model)["train"] is train and "zero_grad" not in vars(model)
+
+
 def test_a_class_with_its_own_train_is_asked_each_time():
     model = nn.Sequential(nn.Dropout(), Cached(2, 2))
     with quick_walks(model):

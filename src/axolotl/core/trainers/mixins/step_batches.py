@@ -38,16 +38,20 @@ class StepBatches:
     """The micro-batches of an optimizer step, and what would make the CPU wait if the GPU were asked for it.
 
     Attributes:
+        loaded: as the loader gave them.
         batches: on the device, the first tokens of packed documents masked.
-        sums: int64 (2,): supervised tokens and all tokens of the step over all ranks.
-        num_items: supervised tokens, at least 1, on the device; None where there are no labels.
+        counts: int64 (2,): supervised tokens and all tokens of the step on this rank.
+        counts_there: the same on the device.
+        has_labels: whether there are labels to count.
         kept_rows: rows with a label, by the tensor of labels.
         full_masks: attention masks that mask nothing.
     """
 
+    loaded: list[Any]
     batches: list[Any]
-    sums: torch.Tensor
-    num_items: torch.Tensor | None
+    counts: torch.Tensor
+    counts_there: torch.Tensor
+    has_labels: bool
     kept_rows: dict[tuple[int, int], torch.Tensor]
     full_masks: set[tuple[int, int]]
 
@@ -80,6 +84,7 @@ class StepBatchesMixin(Trainer):
         self._epoch_iterator: Iterator[Any] | None = None
         self._batches_left = 0
         self._next_step: StepBatches | Exception | None = None
+        self._left_over: list[Any] = []  # loaded for a step that then took fewer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -91,16 +96,19 @@ class StepBatchesMixin(Trainer):
             return self.step_batches, num_items
         self._step_began = time.perf_counter()
         step, self._next_step = self._next_step, None
+        if isinstance(step, StepBatches) and len(step.loaded) != num_batches:
+            # A callback has changed the accumulation since.
+            self._left_over, step = step.loaded, None
         if step is None:
             step = self._load_step(epoch_iterator, num_batches, device)
         if isinstance(step, Exception):
             raise step
         self._epoch_iterator = epoch_iterator
         self._batches_left -= num_batches
-        self.step_batches, self._step_sums = step.batches, step.sums
+        self.step_batches = step.batches
         self._kept_rows, self._full_masks = step.kept_rows, step.full_masks
         self.step_loss = torch.zeros((), device=device)
-        return step.batches, step.num_items
+        return step.batches, self._count_over_ranks(step)
 
     def load_next_step(self) -> None:
         """Load the micro-batches of the next step, if there is one in this epoch. An error is kept until it begins."""
@@ -129,6 +137,7 @@ class StepBatchesMixin(Trainer):
             if self._ahead is not None:
                 self._ahead.restore()
             self._ahead = self._next_step = self._epoch_iterator = None
+            self._left_over = []
 
     def _may_load_ahead(self, loader: Any) -> bool:
         """Whether it makes no difference when a batch is loaded."""
@@ -142,31 +151,45 @@ class StepBatchesMixin(Trainer):
 
     def _load_step(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> StepBatches:
         with nullcontext() if self._ahead is None else self._ahead.batches_on_host():
-            loaded = list(itertools.islice(epoch_iterator, num_batches))
+            loaded = list(itertools.islice(itertools.chain(self._left_over, epoch_iterator), num_batches))
+        self._left_over = self._left_over[num_batches:]
         batches = [mask_document_starts(batch) for batch in loaded]
         counted = [
             count_both(batch, self._pad_token_id)
             for batch, source in zip(batches, loaded, strict=True)
             if "labels" in batch and not isinstance(source, EmptyBatch)
         ]
-        sums = torch.stack(counted).sum(0) if counted else torch.zeros(2, dtype=torch.int64)
+        counts = torch.stack(counted).sum(0) if counted else torch.zeros(2, dtype=torch.int64)
         kept = [find_kept_rows(shift_labels(batch)) if "labels" in batch else None for batch in batches]
         full = self._find_full_masks(batches)
         has_labels = bool(batches) and "labels" in batches[0]
-        batches, kept, sums_there = self._send([batches, kept, sums], device)
-        if has_labels and self.args.world_size > 1:
+        batches, kept, counts_there = self._send([batches, kept, counts], device)
+        return StepBatches(
+            loaded,
+            batches,
+            counts,
+            counts_there,
+            has_labels,
+            {identity(batch["labels"]): rows for batch, rows in zip(batches, kept, strict=True) if rows is not None},
+            {identity(batch["attention_mask"]) for batch, is_full in zip(batches, full, strict=True) if is_full},
+        )
+
+    def _count_over_ranks(self, step: StepBatches) -> torch.Tensor | None:
+        """Supervised tokens of the step over all ranks, at least 1, on the device; None where there are no labels.
+
+        Not done ahead: a rank whose next batches cannot be loaded would go on with the step under way, and then wait for the
+        others in another collective than this one, where they wait for it.
+        """
+        self._step_sums, sums_there = step.counts, step.counts_there
+        if not step.has_labels:
+            return None
+        if self.args.world_size > 1:
             # [supervised, all]: one small collective per optimizer step.
             sums_there = cast("torch.Tensor", self.accelerator.reduce(sums_there, reduction="sum"))
             # Ranks of a tensor- or context-parallel group hold the same batch.
             sums_there //= self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-            sums = sums_there
-        return StepBatches(
-            batches,
-            sums,
-            sums_there[0].clamp(min=1) if has_labels else None,
-            {identity(batch["labels"]): rows for batch, rows in zip(batches, kept, strict=True) if rows is not None},
-            {identity(batch["attention_mask"]) for batch, is_full in zip(batches, full, strict=True) if is_full},
-        )
+            self._step_sums = sums_there
+        return sums_there[0].clamp(min=1)
 
     def _find_full_masks(self, batches: list[Any]) -> list[bool]:
         """Which batches have rows without padding, whose mask models of transformers need not be given; others may read it."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.trainers.gradient_sums import MAX_SHARE
 from axolotl.core.trainers.utils import HostValues
 from axolotl.utils.collators.batching import DataCollatorForSeq2Seq
 from axolotl.utils.data.bins import BinDataset
-from tests.integration.training_runs import make_rows, make_trainer, steps_of
+from tests.integration.training_runs import make_rows, make_trainer, run_on_ranks, steps_of
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
@@ -168,6 +171,95 @@ def test_what_is_wrong_with_the_next_batch_is_said_when_its_step_begins(tmp_path
         trainer.train()
     assert trainer.state.global_step == 1 and len(steps_of(trainer)) == 1
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def broken_on_second_rank(folder: Path) -> Any:
+    """A run whose second rank cannot load its second step: its error, and how far it came."""
+    torch.set_num_threads(1)
+    rows, asked = BinDataset.__getitems__, []
+
+    def broken(self, batch):
+        asked.append(batch)
+        if dist.get_rank() == 1 and len(asked) == 4:
+            raise ValueError("row 4 is broken")
+        return rows(self, batch)
+
+    BinDataset.__getitems__ = broken  # in a process of its own
+    trainer = make_trainer(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    try:
+        trainer.train()
+    except (ValueError, RuntimeError) as error:  # the first rank misses the second
+        return [type(error).__name__, trainer.state.global_step]
+    return None
+
+
+def test_a_rank_that_cannot_load_its_next_step_does_not_leave_the_others_waiting(tmp_path):
+    run_on_ranks(broken_on_second_rank, tmp_path)
+    assert json.loads((tmp_path / "rank1" / "result.json").read_text()) == ["ValueError", 1]
+
+
+class ChangesAccumulation(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        args.gradient_accumulation_steps = {1: 2, 2: 1, 4: 3}.get(state.global_step, args.gradient_accumulation_steps)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_accumulation_that_a_callback_changes_takes_no_batch_twice_and_leaves_none_out(tmp_path, num_workers):
+    args = {
+        "callbacks": [ChangesAccumulation()],
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": num_workers,
+    }
+    ours, theirs = (run(tmp_path / loop.__name__, loop, **args) for loop in (AxolotlTrainer, PlainLoop))
+    assert ours.entries == theirs.entries
+    assert ours.steps == theirs.steps
+
+
+class LogsWithinStep(TrainerCallback):
+    trainer: Trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.trainer.log({"loss": 0.0})
+
+
+def test_a_line_that_is_logged_within_a_step_leaves_its_loss_to_the_next_line(tmp_path):
+    callback = LogsWithinStep()
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=4, callbacks=[callback])
+    callback.trainer = trainer
+    trainer.train()
+    each = make_trainer(tmp_path, max_steps=4, logging_steps=1)
+    each.train()
+    losses = [loss for loss, _ in steps_of(each)]
+    lines = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert lines == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+
+
+class SeesGradients(AxolotlTrainer):
+    """As a class of a user with a loss of its own that depends on the gradients of the micro-batches before."""
+
+    seen: list[bool]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seen.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def test_a_loss_of_somebody_else_sees_the_gradients_so_far(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        lora={"r": 1, "target_modules": ["q_proj"]},
+        gradient_accumulation_steps=3,
+        per_device_train_batch_size=2,
+        max_steps=2,
+    )
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    assert trainable < MAX_SHARE * total
+    trainer.__class__ = SeesGradients
+    trainer.seen = []
+    trainer.train()
+    assert trainer.seen == [False, True, True] * 2
 
 
 def test_values_are_read_once_and_anew_when_they_have_changed():

@@ -83,8 +83,9 @@ class TokenLossMixin(StepBatchesMixin):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         alone = self.accelerator.distributed_type == DistributedType.NO
+        unseen = type(self).compute_loss is TokenLossMixin.compute_loss  # another one may look at the gradients so far
         # At the first micro-batch of a step the GPU waits, and there are no gradients yet.
-        with adds_gradients_at_once(model) if alone and self.step_losses else nullcontext():
+        with adds_gradients_at_once(model) if alone and unseen and self.step_losses else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_losses.append(loss)
         self.step_loss = self.step_loss + loss.to(self.step_loss.device)
@@ -252,6 +253,7 @@ class TokenLossMixin(StepBatchesMixin):
         mean = value / self.window_steps
         self.run_steps += self.window_steps
         self.window_loss, self.window_steps = torch.zeros_like(self.window_loss), 0
+        self._window_with_step = self.step_loss  # which counts if this is asked within a step
         return mean
 
     def take_run_loss(self) -> float | None:
