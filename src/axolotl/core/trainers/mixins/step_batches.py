@@ -98,7 +98,7 @@ class StepBatchesMixin(Trainer):
         step, self._next_step = self._next_step, None
         if isinstance(step, StepBatches) and len(step.loaded) != num_batches:
             # A callback has changed the accumulation since.
-            self._left_over, step = step.loaded, None
+            self._left_over, step = [*step.loaded, *self._left_over], None
         if step is None:
             step = self._load_step(epoch_iterator, num_batches, device)
         if isinstance(step, Exception):
@@ -116,6 +116,8 @@ class StepBatchesMixin(Trainer):
         is_last = self.state.global_step + 1 >= self.state.max_steps
         if self._ahead is None or self._epoch_iterator is None or num_batches <= 0 or is_last:
             return
+        if self._next_step is not None:
+            return  # micro-batches that were taken together end two steps: a callback has changed the accumulation
         try:
             self._next_step = self._load_step(self._epoch_iterator, num_batches, self.args.device)
         except Exception as error:  # noqa: BLE001 - raised when the batches are asked for
