@@ -29,7 +29,7 @@ _ADDED = "_axolotl_already_rotated"
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
-# A forward that cannot run with stand-ins fails with one of these.
+# A forward that cannot run with stand-ins fails with one of these. It is then left as it is, and the reason is returned.
 _FAILURES = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError)
 
 

@@ -2,7 +2,7 @@
 
 Autograd adds each gradient to the one before by a kernel of its own: hundreds of tiny ones in every backward of a model with
 adapters. Here each backward begins without gradients, and what it leaves is added to what was there all at once. The sums are
-the same to the last bit.
+the same to the last bit, unless one backward adds twice to a weight, as re-entrant checkpointing does where segments share one.
 """
 
 from __future__ import annotations
