@@ -47,14 +47,34 @@ class NonFiniteGuard:
         self.reason_to_stop = ""
         self.last_message = ""  # about the last step that was left out; checkpoints hold it too
         self._loss_before: torch.Tensor | None = None
+        self._deciding: torch.optim.Optimizer | None = None  # between `leave_out_if` and `end_update`
 
     def begin_step(self) -> None:
         """At the beginning of an optimizer step."""
         self.skipping = False
         self._loss_before = self.trainer._tr_loss.clone()
 
+    def leave_out_if(self, bad: torch.Tensor) -> bool:
+        """Have the optimizer decide on the device, without the CPU, whether its next `step` changes anything.
+
+        Args:
+            bad: bool (), on the device of the weights.
+
+        Returns:
+            Whether it can; where it cannot, `check` has to come before the update.
+        """
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled or trainer.accelerator.scaler is not None:
+            return False
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        if not skips_by_itself(optimizer, bad.device):
+            return False
+        optimizer.found_inf = bad.float()
+        self._deciding = optimizer
+        return True
+
     def check(self, *, bad_loss: bool, bad_gradient: bool) -> None:
-        """Before the update of a step.
+        """Before the update of a step, or after it where the optimizer leaves it out by itself.
 
         Args:
             bad_loss: the loss of some micro-batch on some rank is not finite.
@@ -108,15 +128,18 @@ class NonFiniteGuard:
 
     def end_update(self) -> None:
         """After the place where the optimizer would have stepped."""
-        if self.skipping:
+        if self._deciding is not None:
+            del self._deciding.found_inf
+            self._deciding = None
+        elif self.skipping:
             self.trainer.accelerator.gradient_state._set_sync_gradients(True)
 
     def _skip(self) -> None:
-        """Make the optimizer's next `step` do nothing, and take the loss of this step out of the average."""
+        """Make the optimizer's next `step` do nothing if it has not already, and take this step's loss out of the average."""
         self.skipping = True
         trainer = self.trainer
         trainer._tr_loss.copy_(self._loss_before)
-        if trainer.accelerator.scaler is None:
+        if self._deciding is None and trainer.accelerator.scaler is None:
             # What accelerate does between the micro-batches of a step. A scaler finds the bad gradients by itself and has
             # to be told of them, to take a smaller factor.
             trainer.accelerator.gradient_state._set_sync_gradients(False)
@@ -158,6 +181,16 @@ class NonFiniteGuard:
             f"{float(trainer.step_grad_norm):.3g}, rank {', '.join(map(str, bad)) or 'all'})."
             + (f" Its rows: {named}." if named else "")
         )
+
+
+def skips_by_itself(optimizer: Any, device: torch.device) -> bool:
+    """Whether `step` leaves weights and states alone where `optimizer.found_inf` is 1: torch's fused Adam and AdamW do."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    return all(
+        group["fused"] and all(type(p.data) is torch.Tensor and p.device == device for p in group["params"])
+        for group in optimizer.param_groups
+    )
 
 
 def describe_rows(batches: list[Any], dataset: Any, tokenizer: Any) -> str:

@@ -64,20 +64,37 @@ class HostValues:
 
     def __init__(self) -> None:
         self._read: list[tuple[torch.Tensor, int, list[float]]] = []
+        self._sent: list[tuple[torch.Tensor, int]] = []
+        self._on_host = torch.zeros(0)
+        self._arrival: torch.cuda.Event | None = None
 
-    def read(self, *tensors: torch.Tensor) -> None:
-        """Copy the values of tensors on one device. What was read before is forgotten.
+    def send(self, *tensors: torch.Tensor) -> None:
+        """Begin to copy the values of tensors on one device, as they are at this point of its work. Waits for nothing.
 
         Args:
             tensors: of any shape and of a type that float64 holds exactly: integers up to 2**53, floats.
         """
         place = float64_device(tensors[0].device)
         joined = torch.cat([tensor.detach().reshape(-1).to(place).double() for tensor in tensors])
-        values = iter(joined.tolist())
-        self._read = [(tensor, tensor._version, list(itertools.islice(values, tensor.numel()))) for tensor in tensors]
+        self._sent = [(tensor, tensor._version) for tensor in tensors]
+        self._on_host, self._arrival = joined, None
+        if joined.is_cuda:
+            self._on_host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+            self._on_host.copy_(joined, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def receive(self) -> None:
+        """Wait for the values that were sent last, though not for what the device does after. Those before are forgotten."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        values = iter(self._on_host.tolist())
+        self._read = [
+            (tensor, version, list(itertools.islice(values, tensor.numel()))) for tensor, version in self._sent
+        ]
 
     def of(self, tensor: torch.Tensor) -> list[float]:
-        """All values of a tensor: those that were read if it is still the same, else it is asked."""
+        """All values of a tensor: those that were received if it is still the same, else it is asked."""
         for known, version, values in self._read:
             if known is tensor and tensor._version == version:
                 return values

@@ -22,6 +22,7 @@ class StepWatch(TrainerCallback):
         self.trainer = trainer
         self._save_failed = False
         self._first_step = True
+        self._flags: torch.Tensor | None = None  # of the step under way, until they are acted on
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Also done by accelerate, but not through every wrapper that it puts around a sampler.
@@ -33,27 +34,47 @@ class StepWatch(TrainerCallback):
         self.trainer.nonfinite.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Agree with the other ranks on what happened to any of them, in one small collective, and act on it."""
+        """Agree with the other ranks on what happened to any of them, in one small collective, and act on it.
+
+        Where the optimizer can leave out the update by itself, that is done after it has been launched: the GPU updates the
+        weights while the CPU gets to know the flags and goes on to the next step.
+        """
         trainer = self.trainer
         loss, norm = sum(trainer.step_losses), trainer.step_grad_norm
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        flags = torch.zeros(4, dtype=torch.float32, device=args.device)
-        flags[0] = ~torch.isfinite(torch.as_tensor(loss, device=args.device)).all()
-        flags[1] = ~torch.isfinite(torch.as_tensor(0.0 if norm is None else norm, device=args.device)).all()
-        flags[2] = float(trainer.stop_requested)
-        flags[3] = float(trainer.checkpoint_writer.failed)
+        # Nothing here makes the CPU wait, as an item of a tensor on the GPU does that is set to a number.
+        flags = torch.stack(
+            [
+                is_not_finite(loss, args.device),
+                is_not_finite(0.0 if norm is None else norm, args.device),
+                torch.full((), float(trainer.stop_requested), device=args.device),
+                torch.full((), float(trainer.checkpoint_writer.failed), device=args.device),
+            ]
+        )
         if args.world_size > 1:
             flags = cast("torch.Tensor", trainer.accelerator.reduce(flags, reduction="sum"))
-        trainer.load_next_step()  # while the GPU has work: now it is waited for
         numbers = [flags, *trainer.numbers_of_step(), *([norm] if isinstance(norm, torch.Tensor) else [])]
-        trainer.host_values.read(*(number for number in numbers if number.device == flags.device))
+        trainer.host_values.send(*(number for number in numbers if number.device == flags.device))
+        trainer.load_next_step()  # while the GPU has work: now or after the update it is waited for
+        self._flags = flags
+        if not trainer.nonfinite.leave_out_if(flags[:2].any()):
+            self._act_on_flags()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            if self._flags is not None:
+                self._act_on_flags()
+        finally:
+            self.trainer.nonfinite.end_update()
+
+    def _act_on_flags(self) -> None:
+        trainer, flags = self.trainer, self._flags
+        self._flags = None
+        trainer.host_values.receive()
         bad_loss, bad_gradient, stop, save_failed = (count > 0 for count in trainer.host_values.of(flags))
         trainer.stop_agreed, self._save_failed = stop, save_failed
         trainer.nonfinite.check(bad_loss=bad_loss, bad_gradient=bad_gradient)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.nonfinite.end_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
@@ -89,3 +110,10 @@ class StepWatch(TrainerCallback):
             guard.check_end()  # of a run that had ended so before, and was resumed
         if guard.reason_to_stop:
             raise TrainingStopped(guard.reason_to_stop)
+
+
+def is_not_finite(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """1 where any number of `value` is an infinity or NaN, else 0: float32 (), on `device`."""
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((), value, device=device)
+    return (~torch.isfinite(value.detach()).all()).float().to(device)

@@ -265,11 +265,13 @@ def test_a_loss_of_somebody_else_sees_the_gradients_so_far(tmp_path):
 def test_values_are_read_once_and_anew_when_they_have_changed():
     values = HostValues()
     loss, counts, norm = torch.tensor(0.1), torch.tensor([2**40 + 1, 3]), torch.tensor(0.3, dtype=torch.bfloat16)
-    values.read(loss, counts, norm)
+    values.send(loss, counts, norm)
+    values.receive()
     assert (values.of(loss), values.of(counts), values.of(norm)) == ([loss.item()], [2**40 + 1, 3], [norm.item()])
     loss += 1
     assert values.of(loss) == [loss.item()]
     assert values.of(counts.clone()) == [2**40 + 1, 3]
-    values.read(norm)
+    values.send(norm)
+    values.receive()
     counts[1] = 4
     assert values.of(counts) == [2**40 + 1, 4]
