@@ -508,8 +508,8 @@ def _mlp(self, X, plain_act, activation_fn, activation_fn_backward, inplace):
     if _runs_as_operators(projections):
         gate, up, down = (get_lora_parameters(proj) for proj in projections)
         if gate[1] is up[1] is down[1] is None:
-            room = getattr(self, "adapter_room", 0)
-            return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn], room)
+            rooms = getattr(self, "adapter_room", 0), getattr(self, "adapter_room_down", 0)
+            return mlp_in_graph(X, [gate, up, down], _ACTIVATIONS[activation_fn], *rooms)
         y_gate, y_up = project_in_graph(X, [gate, up])
         return project_in_graph(plain_act(y_gate) * y_up, [down])[0]
     parameters = [value for proj in projections for value in get_lora_parameters(proj)]

@@ -165,23 +165,27 @@ def _keeps_outputs() -> bool:
     "axolotl::lora_down",
     mutates_args=(),
     schema="(Tensor gul, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
-    "Tensor a, Tensor b, str act, bool keep_low) -> (Tensor, Tensor)",
+    "Tensor a, Tensor b, int room, str act, bool keep_low) -> (Tensor, Tensor)",
 )
-def _down(gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
+def _down(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low):
     """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`, and `h A^T` (N, r), or (0, r) where backward does not keep it.
 
-    Gate and up get their low-rank terms here.
+    Gate and up get their low-rank terms here. The rows of the first output are as far apart as if both lay side by side, as they
+    come from one matmul.
     """
     h_NI = lora_gated_forward(gul, b_gate, b_up, act)
-    low_Nr = h_NI @ a.t()
-    y_NO = FrozenWeights(weights, state, layout).product(h_NI, (low_Nr, b.t()))
-    return y_NO, low_Nr if keep_low else low_Nr.new_empty(0, a.shape[0])
+    yl = FrozenWeights(weights, state, layout).product_with(h_NI, _filled_up(a), room)
+    y_NO, low_Nr = yl[:, : b.shape[0]], yl[:, b.shape[0] :][:, : a.shape[0]]
+    if a.shape[0]:
+        y_NO.addmm_(low_Nr, b.t())
+    return y_NO, low_Nr.clone() if keep_low else low_Nr.new_empty(0, a.shape[0])
 
 
 @_down.register_fake
-def _(gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low):
-    num_rows = gul.shape[0]
-    return gul.new_empty(num_rows, b.shape[0]), gul.new_empty(num_rows if keep_low else 0, a.shape[0])
+def _(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low):
+    num_rows, (size, rank) = gul.shape[0], b.shape
+    y_NO = gul.new_empty(num_rows, size + round_up_rank(rank))[:, :size]
+    return y_NO, gul.new_empty(num_rows if keep_low else 0, rank)
 
 
 @torch.library.custom_op(
@@ -204,7 +208,7 @@ def _(grad, gul, b_gate, b_up, weights, state, layout, a, b, act, low_down):
 
 
 def _keep_down(ctx, inputs, output):
-    gul, b_gate, b_up, weights, state, layout, a, b, act, keep_low = inputs
+    gul, b_gate, b_up, weights, state, layout, a, b, _, act, keep_low = inputs
     # An output that is saved, be it empty, is an output that a recomputed layer needs.
     ctx.save_for_backward(gul, b_gate, b_up, a, b, output[1] if keep_low else None, *weights, *state)
     ctx.layout, ctx.act = layout, act
@@ -217,7 +221,7 @@ def _differentiate_down(ctx, grad, _):
     grad_gul, grad_gate, grad_up, grad_a, grad_b = torch.ops.axolotl.lora_down_backward(
         grad.contiguous(), gul, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act, low_down
     )
-    return grad_gul, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None
+    return grad_gul, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None, None
 
 
 _down.register_autograd(_differentiate_down, setup_context=_keep_down)
@@ -399,7 +403,9 @@ def project_rotated_in_graph(
     return query, key, value.flatten(2)
 
 
-def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation, room: int = 0) -> torch.Tensor:
+def mlp_in_graph(
+    x: torch.Tensor, projections: list[Projection], act: Activation, room: int = 0, room_down: int = 0
+) -> torch.Tensor:
     """`down(act(gate(x)) * up(x))`, for use under `torch.compile`.
 
     Args:
@@ -407,6 +413,7 @@ def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation
         projections: gate, up and down, as in `project_in_graph`, without biases.
         act: the activation.
         room: rows that `lay_in_a_row` left below the weights of gate and up.
+        room_down: the same of down.
 
     Returns:
         (..., O), in the dtype of autocast where it is on, else that of x.
@@ -420,7 +427,7 @@ def mlp_in_graph(x: torch.Tensor, projections: list[Projection], act: Activation
         weights, state, layout, rows_down = _read_frozen(projections[2:])
         a_down, (b_down,) = _read_adapters(projections[2:], rows_down, rows[0], x_NH)
         y_NO, _ = torch.ops.axolotl.lora_down(
-            gul, b_gate, b_up, weights, state, layout, a_down, b_down, act, _keeps_outputs()
+            gul, b_gate, b_up, weights, state, layout, a_down, b_down, room_down, act, _keeps_outputs()
         )
     kept = dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1]).to(kept)

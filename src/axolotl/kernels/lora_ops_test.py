@@ -69,12 +69,15 @@ def test_mlp(ranks, act, room):
     torch.manual_seed(0)
     gate, up, down = make_projection(6, 8, ranks[0]), make_projection(6, 8, ranks[1]), make_projection(8, 5, ranks[2])
     if room is not None:
-        weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in (gate, up)]
-        lay_in_a_row(weights, room)
+        weights = [torch.nn.Parameter(projection[0], requires_grad=False) for projection in (gate, up, down)]
+        lay_in_a_row(weights[:2], room)
+        lay_in_a_row(weights[2:], room)
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
-        gate, up = ((weight, *projection[1:]) for weight, projection in zip(weights, (gate, up), strict=True))
+        gate, up, down = (
+            (weight, *projection[1:]) for weight, projection in zip(weights, (gate, up, down), strict=True)
+        )
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    ours = mlp_in_graph(x, [gate, up, down], act, room or 0)
+    ours = mlp_in_graph(x, [gate, up, down], act, room or 0, room or 0)
     theirs = reference(ACTIVATIONS[act](reference(x, gate)) * reference(x, up), down)
     # The activation computes in fp64 only where its inputs are: no rounding beyond that of the sums.
     assert_same_gradients(ours, theirs, [x, *trained([gate, up, down])])

@@ -318,7 +318,8 @@ def _computes_the_same(mlp: nn.Module) -> bool:
 
 
 def _join(projections: list[nn.Module]) -> int:
-    """Let the dense weights of projections of one input share one memory: compiled layers multiply them at once.
+    """Let the dense weights of projections of one input, and A of their adapters, share one memory: compiled layers multiply
+    them at once.
 
     Returns:
         Rows that were left below them for the A matrices of their adapters.
@@ -369,7 +370,8 @@ class _MLPPatcher:
         if not self.checked[type(mlp)]:
             mlp.__class__ = plain
             return f"{plain.__name__} computes more than `down(act(gate) * up)`"
-        become(mlp, **members, adapter_room=_join([mlp.gate_proj, mlp.up_proj]))
+        rooms = {"adapter_room": _join([mlp.gate_proj, mlp.up_proj]), "adapter_room_down": _join([mlp.down_proj])}
+        become(mlp, **members, **rooms)
         return None
 
 
