@@ -298,8 +298,7 @@ def linear_cross_entropy(
     kept_S = find_kept_rows(labels_N, ignore_index) if kept_S is None else kept_S.to(hidden_NH.device)
     device_type = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_NH.dtype
-    # `index_select` is differentiable: its backward writes zeros to the rows that were dropped.
-    hidden_SH = hidden_NH if kept_S.numel() == labels_N.numel() else hidden_NH.index_select(0, kept_S)
+    hidden_SH = hidden_NH if kept_S.numel() == labels_N.numel() else _SelectRows.apply(hidden_NH, kept_S)
     labels_S = labels_N if kept_S.numel() == labels_N.numel() else labels_N.index_select(0, kept_S)
     rows = rows_at_once(
         weight_VH.shape[0],
@@ -312,12 +311,12 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_SH, weight_VH, bias_V, labels_S, kind, rows, dtype)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a b`, where `total` is fp32; on CUDA without a pass over a product in half precision."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += (a @ b).float()
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`total + a b` in the memory of `total`, fp32, or `a b`; on CUDA without a pass over a product in half precision."""
+    fused = a.is_cuda and a.dtype in (torch.float16, torch.bfloat16)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32) if fused else (a @ b).float()
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total) if fused else total.add_((a @ b).float())
 
 
 @jit
@@ -339,6 +338,21 @@ def _scale_(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return values.mul_(scale.to(values.dtype))
 
 
+class _SelectRows(torch.autograd.Function):
+    """`index_select` of rows of which none is asked for twice: backward copies gradients, where that of PyTorch adds them up."""
+
+    @staticmethod
+    def forward(ctx, x_NH, rows_S):
+        ctx.save_for_backward(rows_S)
+        ctx.num_rows = x_NH.shape[0]
+        return x_NH.index_select(0, rows_S)
+
+    @staticmethod
+    def backward(ctx, grad_SH):
+        (rows_S,) = ctx.saved_tensors
+        return grad_SH.new_zeros(ctx.num_rows, grad_SH.shape[1]).index_copy_(0, rows_S, grad_SH), None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward takes the gradients too: the upstream gradient is a scalar that backward multiplies in."""
 
@@ -349,7 +363,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VH.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden_SH) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if need_weight else None
+        grad_weight: torch.Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
 
@@ -367,9 +381,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_bias += grad_CV.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_CV @ weight).to(grad_hidden.dtype)
-                if grad_weight is not None:
-                    _add_product(grad_weight, grad_CV.T, x_CH)
+                if need_weight:
+                    grad_weight = _add_product(grad_weight, grad_CV.T, x_CH)
                 del logits_CV, grad_CV  # before the next ones are made
+        if need_weight and grad_weight is None:  # no row has a label
+            grad_weight = torch.zeros_like(weight_VH)
         ctx.grads = (
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight_VH.dtype),
