@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -60,15 +62,16 @@ def write_config(folder: Path, base: Path, num_rows: int = 14, **changes) -> Non
     (folder / "c.yml").write_text(yaml.safe_dump(cfg))
 
 
-def start(folder: Path, command: str = "train") -> subprocess.Popen:
+def start(folder: Path, command: str = "train", *arguments: str, new_group: bool = False) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = (folder / "log.txt").open("a")
     return subprocess.Popen(
-        [sys.executable, "-m", "axolotl.cli.main", command, "c.yml"],
+        [sys.executable, "-m", "axolotl.cli.main", command, "c.yml", *arguments],
         cwd=folder,
         env=environment,
         stdout=log,
         stderr=log,
+        process_group=0 if new_group else None,
     )
 
 
@@ -114,16 +117,53 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, base, finished):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, base, finished):
-    write_config(tmp_path, base)
-    process = start(tmp_path)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, base, finished, number, workers):
+    """Sent to every process of the run, as terminals and schedulers do."""
+    write_config(tmp_path, base, dataloader_num_workers=workers)
+    process = start(tmp_path, new_group=True)
     wait_for(tmp_path / "out/checkpoint-2", process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (0, 128 + signal.SIGTERM)
+    os.killpg(process.pid, number)
+    assert process.wait(60) in (0, 128 + number)
     log = (tmp_path / "log.txt").read_text()
     assert "Traceback" not in log
     assert cli(tmp_path, "train", "c.yml") == 0
     assert same_adapter(tmp_path, finished)
+
+
+SWEEP = ("--sweep", "sweep.yml")
+ACCELERATE = ("--launcher", "accelerate", "--num-processes", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "number", "codes"),
+    [
+        (SWEEP, signal.SIGTERM, {128 + signal.SIGTERM}),
+        ((*SWEEP, *ACCELERATE), signal.SIGINT, {128 + signal.SIGINT}),
+        ((*SWEEP, "--launcher", "torchrun"), signal.SIGTERM, {128 + signal.SIGTERM}),
+        (ACCELERATE, signal.SIGTERM, {-signal.SIGTERM}),
+        (ACCELERATE, signal.SIGKILL, {-signal.SIGKILL}),
+        (("--launcher", "torchrun"), signal.SIGTERM, {1, 128 + signal.SIGTERM}),
+    ],
+    ids=["sweep", "sweep, accelerate", "sweep, torchrun", "accelerate", "accelerate, killed", "torchrun"],
+)
+def test_a_signal_reaches_what_was_launched(tmp_path, base, arguments, number, codes):
+    """The run ends with a checkpoint of its last step. A sweep waits for it, and begins no other."""
+    write_config(tmp_path, base, num_epochs=1000)
+    (tmp_path / "sweep.yml").write_text("seed: [1, 2]")
+    process = start(tmp_path, "train", *arguments)
+    out = tmp_path / ("out/sweep0001" if "--sweep" in arguments else "out")
+    wait_for(out / "checkpoint-2", process)
+    launched = psutil.Process(process.pid).children(recursive=True)
+    assert launched
+    process.send_signal(number)
+    assert process.wait(60) in codes
+    _, left = psutil.wait_procs(launched, timeout=0 if "--sweep" in arguments else 30)
+    assert not left
+    stopped_at = re.search(r"Stopped at step (\d+)", (tmp_path / "log.txt").read_text())
+    assert stopped_at is not None and (out / f"checkpoint-{stopped_at[1]}" / MARKER).exists()
+    assert not (tmp_path / "out/sweep0002").exists()
 
 
 def test_an_interrupted_preparation_leaves_nothing_half(tmp_path, base):

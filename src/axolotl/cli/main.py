@@ -159,6 +159,9 @@ def run(args: list[str] | None = None) -> int:
 
 def run_module(name: str) -> NoReturn:
     """`python -m axolotl.cli.<name> CONFIG --key=value`: the command in this process, whatever launched it."""
+    from axolotl.utils.processes import stop_with_launcher  # not for `--help`
+
+    stop_with_launcher()
     command([name, "--launcher", "python", *sys.argv[1:]])
 
 

@@ -14,12 +14,9 @@ from transformers import TrainerCallback
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from axolotl.utils.processes import SAME_WISH_SECONDS, STOP_SIGNALS
 
 LOG = get_logger(__name__)
-
-# Ctrl-C, a scheduler's wish to end, a lost terminal, and what Slurm sends before the time limit (`--signal=USR1@60`).
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-SAME_WISH_SECONDS = 1.0
 
 
 def setup_signal_handler(cfg: DictDefault, trainer: Any) -> dict[int, Any]:

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
+
+# Ctrl-C, a scheduler's wish to end, a lost terminal, and what Slurm sends before the time limit (`--signal=USR1@60`).
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)
+SAME_WISH_SECONDS = 1.0  # a launcher passes on what a terminal or scheduler has already sent to all
+
+LAUNCHER_PID = "AXOLOTL_LAUNCHER_PID"  # variable: the process that starts commands of this package
+LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
+LOOK_SECONDS = 0.2  # well within the same wish
 
 
 def end_with_parent() -> None:
@@ -26,8 +38,53 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
+def stop_with_launcher() -> None:
+    """Let this process end as by SIGTERM, which saves what was trained, when the launcher that started it is gone.
+
+    Without a launcher nobody is watched: a shell may end before what it started.
+    """
+    launcher = os.getppid()
+    if os.environ.get(LAUNCHER_PID) != str(launcher) and not _is_launcher(launcher):
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stop-with-launcher", daemon=True).start()
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether the command line of a process is that of a launcher; no where there is no `/proc`."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(word.rpartition("/")[2] in LAUNCHERS for word in command[:4])
+
+
+def leave_signals_to_parent() -> None:
+    """Let this process, which `multiprocessing` started, end by a stop signal only if its parent sends it.
+
+    Terminals and schedulers send them to every process of a run, and without its workers a run could not end the step under way.
+    Where the system does not tell who sent a signal (macOS), nothing changes.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in every thread that starts from here on, too
+
+    def watch() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent.pid:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="leave-signals-to-parent", daemon=True).start()
+
+
 def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> None:
-    """`worker_init_fn` of a DataLoader.
+    """`worker_init_fn` of a DataLoader: its worker ends with its parent, and not before.
 
     torch's own watch looks at the parent's number, which with `forkserver` is that of a server that lives as long as its workers.
 
@@ -35,6 +92,7 @@ def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> No
         worker_id: the worker's number.
         then: what else to call with it.
     """
+    leave_signals_to_parent()
     end_with_parent()
     if then is not None:
         then(worker_id)

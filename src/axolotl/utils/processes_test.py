@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 import axolotl
 from axolotl.core.datasets.map_rows import can_fork
+from axolotl.utils.processes import init_worker
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked on this system")
 
@@ -150,3 +152,33 @@ def test_nothing_is_left_of_a_process_that_is_killed(script, number, tmp_path):
     finally:
         for pid in session_of(parent.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_outlives_a_signal_that_was_sent_to_all(context, number):
+    loader = DataLoader(
+        list(range(40)),
+        num_workers=1,
+        prefetch_factor=1,
+        batch_size=None,
+        worker_init_fn=init_worker,
+        multiprocessing_context=context,
+    )
+    batches = iter(loader)
+    seen = [next(batches)]
+    (worker,) = batches._workers
+    subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    time.sleep(0.2)
+    seen.extend(batches)
+    assert seen == list(range(40))
+
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    os.kill(worker.pid, number)
+    worker.join(10)
+    assert not worker.is_alive()
+    with pytest.raises(RuntimeError, match="worker"):
+        list(batches)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.exceptions import ConfigError, NotBuiltError
+from axolotl.run.children import run_child
 from axolotl.utils.logging import get_logger
+from axolotl.utils.processes import LAUNCHER_PID
 from axolotl.utils.redact import redact_secrets
 
 LOG = get_logger(__name__)
@@ -23,6 +25,9 @@ LAUNCHERS = ("accelerate", "torchrun", "python")
 
 # Arguments of `accelerate launch` that may be given without `--`.
 ACCELERATE_KEYWORDS = ("main_process_port", "num_processes")
+
+# Launchers kill what has not ended so long after a signal; half a minute of their own is less than a large checkpoint takes.
+SAVING_SECONDS = "1800"
 
 
 def build_command(base_cmd: list[str], options: dict[str, Any]) -> list[str]:
@@ -91,6 +96,7 @@ def launch_training(
 
     Raises:
         subprocess.CalledProcessError: the launched processes failed.
+        SystemExit: this process was signalled, and what it launched has ended.
     """
     refuse_cloud(cloud)
     launch("train", cfg_file, launcher, kwargs, launcher_args, use_exec=use_exec)
@@ -139,16 +145,16 @@ def launch(
     command = launcher_command(module, cfg_file, launcher, kwargs, launcher_args)
     # The launchers stand beside this interpreter, which need not be on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    env = {**os.environ, "PATH": path}
+    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS, **os.environ, "PATH": path}
     LOG.info(
         "running: %s", shlex.join(launcher_command(module, cfg_file, launcher, redact_secrets(kwargs), launcher_args))
     )
     if use_exec:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execvpe(command[0], command, env)
-    else:
-        subprocess.run(command, env=env, check=True)
+        os.execvpe(command[0], command, {**env, LAUNCHER_PID: str(os.getpid())})
+    elif code := run_child(command, env=env):
+        raise subprocess.CalledProcessError(code, command)
 
 
 def choose_launcher(module: str, kwargs: dict[str, Any], launcher_args: list[str]) -> tuple[str, str]:
@@ -235,6 +241,7 @@ def run_sweep(
 
     Raises:
         ConfigError: an override sets a key that the sweep varies.
+        SystemExit: a signal ended the run under way, which saved, and with it the sweep.
     """
     from axolotl.cli.config import read_config
     from axolotl.cli.utils.sweeps import swept_keys
@@ -258,7 +265,8 @@ def run_sweep(
         try:
             if launcher == "python":
                 command = build_command([sys.executable, "-m", "axolotl.cli.train", cfg_file], options)
-                subprocess.run(command, check=True)
+                if code := run_child(command):
+                    raise subprocess.CalledProcessError(code, command)
             else:
                 launch_training(cfg_file, launcher, None, options, launcher_args)
             outcome = "done"

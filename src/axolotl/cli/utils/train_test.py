@@ -129,12 +129,11 @@ def test_every_run_of_a_sweep_has_its_folder(sweep_files):
 def test_a_failing_run_does_not_stop_the_sweep(sweep_files, monkeypatch):
     commands = []
 
-    def fake_run(command, check, **kwargs):
+    def fake_run(command, **kwargs):
         commands.append(command)
-        if len(commands) == 2:
-            raise subprocess.CalledProcessError(3, command)
+        return 3 if len(commands) == 2 else 0
 
-    monkeypatch.setattr(launching.subprocess, "run", fake_run)
+    monkeypatch.setattr(launching, "run_child", fake_run)
     assert run_sweep(*sweep_files, "python", {"output_dir": "elsewhere", "seed": "2"}) == 1
     assert len(commands) == 4
     assert [command[-2] for command in commands] == [f"--output-dir=elsewhere/sweep{n:04d}" for n in (1, 2, 3, 4)]

@@ -10,13 +10,13 @@ import datetime
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from axolotl.exceptions import AxolotlError, ConfigError, MissingExtraError
+from axolotl.run.children import run_child
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -83,7 +83,8 @@ def build_commands(cfg: DictDefault) -> list[list[str]]:
     import torch
 
     output = Path(cfg.output_dir or "./model-out") / RESULTS / datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", json.dumps(read_model_args(cfg))]
+    command = [sys.executable, "-m", "axolotl.run.watched", "lm_eval"]
+    command += ["--model", "hf", "--model_args", json.dumps(read_model_args(cfg))]
     command += ["--batch_size", str(cfg.lm_eval_batch_size or DEFAULT_BATCH_SIZE), "--output_path", str(output)]
     if not torch.cuda.is_available():
         command += ["--device", "cpu"]
@@ -106,6 +107,7 @@ def evaluate_with_harness(cfg: DictDefault) -> None:
         MissingExtraError: it is not installed.
         ConfigError: there is no model, or no task.
         AxolotlError: it failed.
+        SystemExit: a signal ended it, and so this process.
     """
     check_harness()
     commands = build_commands(cfg)
@@ -113,8 +115,8 @@ def evaluate_with_harness(cfg: DictDefault) -> None:
         raise ConfigError("The lm_eval plugin has nothing to evaluate. Write tasks, such as `lm_eval_tasks: [gsm8k]`.")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)}
     for command in commands:
-        LOG.info("lm_eval: %s", " ".join(command[1:]))
-        code = subprocess.run(command, env=environment, check=False).returncode
+        LOG.info("running: %s", " ".join(command[3:]))
+        code = run_child(command, env=environment)
         if code:
             raise AxolotlError(
                 f"The lm-evaluation-harness failed with exit code {code}; what it said is above. The model is not touched: "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 
+import psutil
 import pytest
 
 from axolotl.exceptions import AxolotlError, ConfigError, MissingExtraError
@@ -80,8 +83,11 @@ def harness(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "__main__.py").write_text(
-        "import json, os, sys\n"
+        "import json, os, sys, time\n"
         f"json.dump([sys.argv[1:], dict(os.environ)], open({str(tmp_path / 'run.json')!r}, 'w'))\n"
+        "if 'wait' in sys.argv:\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
         "sys.exit(3 if 'fail' in sys.argv else 0)\n"
     )
     monkeypatch.syspath_prepend(package.parent)
@@ -118,6 +124,19 @@ def test_a_config_of_the_harness_alone(harness, tmp_path):
         LMEvalPlugin().evaluate(DictDefault({"lm_eval_model": "m", "output_dir": str(tmp_path)}))
     with pytest.raises(ConfigError, match="lm_eval_task`"):
         LMEvalPlugin().evaluate(DictDefault({"lm_eval_model": "m", "lm_eval_task": ["a"]}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=str)
+def test_a_signal_ends_the_harness_too(harness, tmp_path, number):
+    (tmp_path / "c.yml").write_text(f"lm_eval_model: m\nlm_eval_tasks: [wait]\noutput_dir: {tmp_path}\n")
+    command = [sys.executable, "-m", "axolotl.cli.main", "lm-eval", str(tmp_path / "c.yml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(next(int(line) for line in process.stdout if line.strip().isdigit()))
+    process.send_signal(number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    _, left = psutil.wait_procs([child], timeout=10 if number == signal.SIGKILL else 0)
+    assert not left
 
 
 def test_without_the_package_its_extra_is_named(monkeypatch):
