@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from axolotl.core.builders.arguments import read_loss_args
 from axolotl.core.trainers.causal_loss import chunk_limit
 from axolotl.kernels.cross_entropy import rows_at_once
+from axolotl.kernels.lora_glu import MAX_SUMMED_RANK, SUMMED_ROWS
 from axolotl.loaders.adapter_config import build_lora_config
 from axolotl.loaders.model import read_dtype, read_model_class
 from axolotl.loaders.utils import LORA_ADAPTERS
@@ -33,6 +34,8 @@ from axolotl.monkeypatch.tiled_mlp import num_shards_for
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.forecast import LayerShape, Run
 from axolotl.utils.freeze import freeze_layers_except
+from axolotl.utils.optimizers.states import read_state_options, trained_weights
+from axolotl.utils.optimizers.table import read_any_name
 
 PAIRED_LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 REFERENCE_LOSSES = ("dpo", "ipo", "kto")
@@ -142,6 +145,7 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, longe
                 kernels=bool(kernels),
                 own_copies=is_adapter and not kernels and copies,
                 recompute_mlp=glu == "mlp" or bool(cfg.tiled_mlp),
+                sums_mlp=compiled and glu == "mlp" and formats["compute_bytes"] == 2,
             ),
         )
     row_length = int(cfg.sequence_len or config.max_position_embeddings)
@@ -155,7 +159,9 @@ def read_run(cfg: DictDefault, model: PreTrainedModel, adapted: nn.Module, longe
         tokens=tokens,
         row_length=row_length,
         is_adapter=is_adapter,
-        optimizer=str(cfg.optimizer or "adamw_torch_fused"),
+        optimizer=read_any_name(cfg),
+        optimizer_options=read_state_options(cfg),
+        trained=trained_weights(cfg, adapted, item=formats["trained_bytes"]),
         attention_kind="eager" if cfg.attn_implementation == "eager" else "flash",
         num_heads=config.num_attention_heads,
         compiled=compiled,
@@ -197,7 +203,6 @@ def _count_weights(model: PreTrainedModel, adapted: nn.Module) -> dict[str, Any]
     """Elements of weights, as arguments of `Run`."""
     output = model.get_output_embeddings()
     linears = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
-    embeddings = [m.weight for m in adapted.modules() if isinstance(m, nn.Embedding)]
     head: nn.Module | None = adapted.get_output_embeddings()  # type: ignore[operator] - peft hands it on to the model
     return {
         "num_params": sum(p.numel() for p in adapted.parameters()),
@@ -205,7 +210,6 @@ def _count_weights(model: PreTrainedModel, adapted: nn.Module) -> dict[str, Any]
         "num_quantized": sum(linears),
         "largest_linear": max(linears, default=0),
         "embedding_params": model.get_input_embeddings().weight.numel(),
-        "trained_embeddings": sum(weight.numel() for weight in embeddings if weight.requires_grad),
         "head_trained": head is not None and any(p.requires_grad for p in head.parameters()),
     }
 
@@ -235,9 +239,13 @@ def _measure_layer(
     kernels: bool,
     own_copies: bool,
     recompute_mlp: bool,
+    sums_mlp: bool,
 ) -> dict[str, Any]:
     """What only the modules of a layer tell, as arguments of `LayerShape`."""
-    ranks = sum(sum(module.r.values()) for module in layer.modules() if isinstance(module, LoraLayer))
+    of_modules = {name: sum(m.r.values()) for name, m in layer.named_modules() if isinstance(m, LoraLayer)}
+    ranks = sum(of_modules.values())
+    of_mlp = [r for name, r in of_modules.items() if name.rpartition(".")[2] in KERNEL_PROJECTIONS["lora_mlp_kernel"]]
+    sums = shape.intermediate * sum(of_mlp) / SUMMED_ROWS if sums_mlp and max(of_mlp) <= MAX_SUMMED_RANK else 0.0
     if not compiled:
         inputs = linear_input_features(layer, own_copies=own_copies, recompute_mlp=recompute_mlp)
     elif is_adapter and not kernels:
@@ -250,6 +258,7 @@ def _measure_layer(
         "num_norms": count_norms(layer, shape.hidden),
         "linear_inputs": inputs,
         "ranks": ranks,
+        "sums": sums,
     }
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig
 
 from axolotl.cli.plan import planned_machine
+from axolotl.kernels.lora_glu import SUMMED_ROWS
 from axolotl.plan import describe_shortage
 from axolotl.plan_run import (
     build_blank_model,
@@ -56,6 +57,19 @@ def test_lora_kernels_count_where_they_find_their_projections(tmp_path):
     assert not lora_kernels_that_fit(cfg, DictDefault(model_type="deepseek_v3"), layer)
 
 
+def test_sums_of_the_summing_kernel(tmp_path):
+    """One for every element of the factors of gate, up and down, and block of 1,024 tokens; above rank 16 there are none."""
+    make_tiny_model(tmp_path, "llama", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
+
+    def sums(rank, **keys):
+        cfg = {"base_model": str(tmp_path), "sequence_len": 64, "adapter": "lora", "lora_r": rank, "bf16": True}
+        cfg = DictDefault({**cfg, "lora_alpha": 8, "lora_target_linear": True, **KERNELS, **HOPPER, **keys})
+        return read_run(cfg, *build_blank_model(cfg, LlamaConfig.from_pretrained(tmp_path))).layer.sums
+
+    assert sums(16) == 128 * 3 * 16 / SUMMED_ROWS
+    assert sums(32) == sums(16, torch_compile=False) == sums(16, bf16=False) == 0
+
+
 def test_rows_of_the_loss():
     assert loss_rows(DictDefault(), 8192, 128256, 2) == 1024  # 2 * (2**26 // 128256) = 1046, in whole blocks
     assert loss_rows(DictDefault(), 8192, 32064, 4) == 2048
@@ -75,6 +89,28 @@ def test_the_machine_of_a_plan():
     else:
         assumed = planned_machine(None)
         assert assumed is not None and assumed["compute_capability"] == capabilities_of("h100")["compute_capability"]
+
+
+def test_a_plan_counts_what_galore_and_apollo_project(tmp_path):
+    """Two layers of width 64 with an MLP of 128: AdamW for embedding, head and norms, the projected states for the rest."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = make_tiny_model(tmp_path, "llama", num_hidden_layers=2, **sizes)
+    written = {"base_model": str(tmp_path), "sequence_len": 64, "optim_target_modules": "all_linear"}
+
+    def bytes_of(optimizer, **keys):
+        cfg = DictDefault({**written, "optimizer": optimizer, "optim_args": {"rank": 8}, **keys})
+        run = read_run(cfg, *build_blank_model(cfg, model.config))
+        return forecast(run).optimizer, forecast(run).gradients
+
+    # q, k, v, o, gate, up, down; the head is a linear layer, and `all_linear` takes it as well.
+    matrices = 2 * ([(64, 64)] * 4 + [(128, 64)] * 2 + [(64, 128)]) + [tuple(model.lm_head.weight.shape)]
+    rest = sum(p.numel() for p in model.parameters()) - sum(rows * columns for rows, columns in matrices)
+    low, projections = sum(8 * max(shape) for shape in matrices), sum(8 * min(shape) for shape in matrices)
+    assert bytes_of("galore_adamw") == (4 * (2 * rest + 3 * low + projections), 4 * model.num_parameters())
+    assert bytes_of("apollo_adamw")[0] == 4 * (2 * rest + 2 * low + projections)
+    assert bytes_of("adamw_torch", optim_args=None)[0] == 4 * 2 * model.num_parameters()
+    # Updates in the backward pass: one gradient at a time, the largest of which is that of the embedding or the head.
+    assert bytes_of("apollo_adamw_layerwise")[1] == 4 * model.lm_head.weight.numel()
 
 
 def test_a_run_that_does_not_fit_is_told_so_before_it_begins(tmp_path):

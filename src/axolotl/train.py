@@ -34,7 +34,7 @@ from axolotl.loaders.data_starts import DATA_STARTS, DataStart
 from axolotl.loaders.untrained_tokens import fix_untrained
 from axolotl.loaders.utils import read_seed
 from axolotl.model_card import write_model_card
-from axolotl.run.errors import describe_out_of_memory, note_raising_callback
+from axolotl.run.errors import advise, describe_out_of_memory, note_raising_callback
 from axolotl.run.report import config_as_yaml, optional_file, print_choices, print_size, save_report
 from axolotl.run.signals import exit_if_signalled, restore_handlers, setup_signal_handler, was_stopped
 from axolotl.utils.callbacks.build import check_evaluation, find_callback
@@ -120,17 +120,20 @@ def setup_model_and_trainer(cfg: DictDefault, dataset_meta: Any) -> tuple[Any, A
     """
     model, tokenizer, peft_config, processor = setup_model_and_tokenizer(cfg, dataset_meta.train_dataset)
     model_ref = setup_reference_model(cfg, tokenizer)
-    trainer = setup_trainer(
-        cfg,
-        dataset_meta.train_dataset,
-        dataset_meta.eval_dataset,
-        model,
-        tokenizer,
-        processor,
-        dataset_meta.total_num_steps,
-        model_ref=model_ref,
-        peft_config=peft_config,
-    )
+    try:
+        trainer = setup_trainer(
+            cfg,
+            dataset_meta.train_dataset,
+            dataset_meta.eval_dataset,
+            model,
+            tokenizer,
+            processor,
+            dataset_meta.total_num_steps,
+            model_ref=model_ref,
+            peft_config=peft_config,
+        )
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error} {advise(cfg)}") from error
     return trainer, model, tokenizer, peft_config, processor
 
 

@@ -47,7 +47,9 @@ class AxolotlTrainingMixins:
 
     # Optimizer.
     alternate_optimizer: str | None = _arg(None, "An optimizer that transformers does not know.")
-    optimizer_kwargs: dict[str, Any] | None = _arg(None, "Its constructor arguments.")
+    optimizer_kwargs: dict[str, Any] | None = _arg(
+        None, "Further arguments of the optimizer that `optim`, or the config, names. They win over `optim_args`."
+    )
     adam_beta3: float | None = _arg(None, "Third beta of CAME.")
     adam_epsilon2: float | None = _arg(None, "Second epsilon of CAME.")
     embedding_lr: float | None = _arg(None, "Learning rate of embeddings and output head.")

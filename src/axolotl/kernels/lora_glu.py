@@ -50,6 +50,8 @@ class Tile(NamedTuple):
 _WIDE = Tile(rows=16, columns=128, count=16, warps=4, stages=3)
 _PLAIN_TILES = {32: _WIDE, 64: _WIDE._replace(columns=64, stages=2), MAX_RANK: _WIDE._replace(columns=32, stages=2)}
 _SUMMING_TILE = Tile(rows=32, columns=64, count=32, warps=4, stages=3)
+SUMMED_ROWS = _SUMMING_TILE.rows * _SUMMING_TILE.count
+"""Tokens of one program of the summing kernel, which writes one fp32 sum for each element of the factors."""
 
 
 # Products with a low-rank factor are added to the accumulator of the matrix unit, so that the tiles are loaded in its layout,

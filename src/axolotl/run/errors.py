@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from transformers.trainer_callback import CallbackHandler
 
-from axolotl.core.trainers.batch_size import what_would_help
 from axolotl.exceptions import AxolotlError, first_line
+from axolotl.plan import name_remedies
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
 
 
 def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> str:
@@ -20,9 +23,18 @@ def describe_out_of_memory(cfg: DictDefault, trainer: Any, error: Exception) -> 
         peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} of {total:.1f} GiB were in use)"
     return (
         f"Out of memory at step {trainer.state.global_step + 1}{peak}, with `micro_batch_size: {cfg.micro_batch_size}` and "
-        f"`sequence_len: {cfg.sequence_len}`. Checkpoints in {cfg.output_dir} are whole. Try, one after the other: "
-        f"{what_would_help(cfg)}. The library said: {first_line(error)}"
+        f"`sequence_len: {cfg.sequence_len}`. Checkpoints in {cfg.output_dir} are whole. {advise(cfg)} "
+        f"The library said: {first_line(error)}"
     )
+
+
+def advise(cfg: DictDefault) -> str:
+    """What to write so that a run needs less memory."""
+    try:
+        return f"Try, one after the other: {name_remedies(cfg)}."
+    except Exception as error:  # noqa: BLE001 - advice must not hide the error; a model may lack what the forecast reads
+        LOG.info(f"The memory of this run could not be forecast: {error}")
+        return "See which keys make a run smaller: `axolotl plan CONFIG --memory GIB`."
 
 
 def note_raising_callback(cfg: DictDefault, trainer: Any, error: Exception) -> None:

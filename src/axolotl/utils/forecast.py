@@ -13,38 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from axolotl.utils.forecast_states import Weight, state_bytes
+from axolotl.utils.schemas.validation.optimizer import UPDATES_IN_BACKWARD
 
 GIB = 2**30
-
-# Bytes of optimizer state per trained parameter, given the bytes of one parameter.
-OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
-    "adamw": lambda p: 2 * p, "adamw_torch": lambda p: 2 * p, "adamw_torch_fused": lambda p: 2 * p,
-    "adamw_hf": lambda p: 2 * p, "adamw_apex_fused": lambda p: 2 * p, "adamw_anyprecision": lambda p: 2 * p,
-    "optimi_adamw": lambda p: 2 * p + 2, "schedule_free_adamw": lambda p: 2 * p, "ademamix": lambda p: 3 * p,
-    "adamw_bnb_8bit": lambda p: 2.03, "adamw_8bit": lambda p: 2.03, "ademamix_8bit": lambda p: 3.05,
-    "paged_adamw": lambda p: 2 * p, "paged_adamw_32bit": lambda p: 8.0, "paged_adamw_8bit": lambda p: 2.03,
-    "adamw_torch_8bit": lambda p: 2.03, "ao_adamw_8bit": lambda p: 2.03, "ao_adamw_fp8": lambda p: 2.03,
-    "adamw_torch_4bit": lambda p: 1.06, "ao_adamw_4bit": lambda p: 1.06,
-    "lion": lambda p: p, "lion_32bit": lambda p: 4.0, "lion_pytorch": lambda p: p, "lion_8bit": lambda p: 1.02,
-    "paged_lion_8bit": lambda p: 1.02, "paged_lion_32bit": lambda p: 4.0,
-    "adafactor": lambda p: 0.02, "came_pytorch": lambda p: p + 0.04, "muon": lambda p: p, "dion": lambda p: p,
-    "sgd": lambda p: 0.0, "adagrad": lambda p: p, "rmsprop": lambda p: p, "rmsprop_bnb_8bit": lambda p: 1.02,
-    "rmsprop_bnb": lambda p: 4.0, "rmsprop_bnb_32bit": lambda p: 4.0, "paged_ademamix_32bit": lambda p: 12.0,
-    "paged_ademamix_8bit": lambda p: 3.05, "schedule_free_radam": lambda p: 2 * p, "schedule_free_sgd": lambda p: p,
-    "sinkgd": lambda p: 0.0, "lomo": lambda p: 0.0, "adalomo": lambda p: 0.02, "grokadamw": lambda p: 0.0,
-    "flash_adamw": lambda p: 2.1 + (1 if p == 2 else 0), "flash_adam": lambda p: 2.1 + (1 if p == 2 else 0),
-    "flash_lion": lambda p: 1.05 + (1 if p == 2 else 0), "flash_sgd": lambda p: 1 if p == 2 else 0.0,
-    "flash_sgdw": lambda p: 1 if p == 2 else 0.0,
-}  # fmt: skip
-
-# Optimizers of bitsandbytes in 8 bits keep the states of embeddings in 32 (axolotl.core.trainers.mixins.optimizer).
-EMBEDDINGS_IN_32_BITS: dict[str, float] = {
-    "adamw_bnb_8bit": 8.0, "adamw_8bit": 8.0, "paged_adamw_8bit": 8.0, "lion_8bit": 4.0, "paged_lion_8bit": 4.0,
-    "ademamix_8bit": 12.0, "paged_ademamix_8bit": 12.0, "rmsprop_bnb_8bit": 4.0,
-}  # fmt: skip
 
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context, cuBLAS and NCCL workspaces, loaded kernels
 FRAGMENTATION = 0.03  # of what comes and goes; measured runs reserve 2 to 5 % above what they allocate
@@ -63,6 +39,7 @@ class LayerShape:
         linear_inputs: features per token of the inputs that the linear layers keep because their weight, or an adapter on
             it, is trained, without those counted elsewhere (`linear_input_features`).
         ranks: of all adapters of the layer together: features per token that their A matrices put out.
+        sums: float32 numbers per token that the backward kernel of the MLP writes on its way to the gradients of adapters.
     """
 
     hidden: int
@@ -74,6 +51,7 @@ class LayerShape:
     num_norms: int = 2
     linear_inputs: int = 0
     ranks: int = 0
+    sums: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,9 @@ class Run:
         tokens: T, tokens of one micro-batch on one GPU. row_length: length of the rows that attention sees.
         num_params, num_trained, num_quantized: elements of the model with adapters, of what is trained, and of the linear
             weights that `weight_bits` applies to.
-        embedding_params, trained_embeddings: elements of the input embedding, and of embeddings that are trained.
+        embedding_params: elements of the input embedding.
+        trained: the weights that are trained; where they are not known, one matrix is counted.
+        optimizer, optimizer_options: its name and its arguments, as in `forecast_states.state_bytes`.
         weight_bytes, trained_bytes: bytes of one frozen weight and of one trained weight; `full` training trains weights.
         weight_bits: 16 for unquantized linear weights, else 8 or 4.
         head_trained: whether the output head's weight gets a gradient.
@@ -112,7 +92,7 @@ class Run:
     num_quantized: int = 0
     largest_linear: int = 0
     embedding_params: int = 0
-    trained_embeddings: int = 0
+    trained: tuple[Weight, ...] = ()
     is_adapter: bool = False
     compute_bytes: int = 2
     weight_bytes: int = 2
@@ -120,6 +100,7 @@ class Run:
     weight_bits: int = 16
     double_quant: bool = True
     optimizer: str = "adamw_torch_fused"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     offload: bool = False
     offloads_by_default: bool = False
@@ -261,7 +242,8 @@ def moment_bytes(run: Run) -> float:
     The gradients of the widest intermediates: of the activation's output, gate and up, 3cI, the first of which becomes the
     output itself in a compiled or fused MLP, beside the gradient of the layer's output, cH. Quantized weights are dense
     for one matmul: the largest one, or with the LoRA kernels gate and up together, beside the gradients of both and of their
-    input. A compiled layer gives the gradients of all its weights at once; without, each is added up as it comes.
+    input. A compiled layer gives the gradients of all its weights at once; without, each is added up as it comes. Gradients of
+    adapters that are formed beside those of the activation are summed in float32, one sum for every block of tokens.
     """
     layer, c, tokens = run.layer, run.compute_bytes, run.alive_tokens
     wide = c * layer.intermediate * layer.active_experts
@@ -277,7 +259,24 @@ def moment_bytes(run: Run) -> float:
         moment += stream + dense
     if run.compiled and not run.is_adapter:
         moment += c * run.num_quantized / max(run.num_layers, 1)
-    return moment
+    return moment + 4 * layer.sums * tokens
+
+
+def recomputed_bytes(run: Run) -> float:
+    """Bytes per token of a layer that backward computes again, beyond those of a layer that kept its results.
+
+    Computed again inside one graph, as in compiled layers, the inputs of both groups of projections (the normed states, cH
+    each) are formed on the way and wait for the gradients of their adapters or weights; a layer that kept its results forms them
+    when it is their turn. The layer's own input is counted with those that are kept.
+    """
+    return run.compute_bytes * run.layer.hidden if run.compiled else 0
+
+
+def batch_bytes(run: Run) -> float:
+    """Bytes per token of what all layers share: ids, labels, shifted labels and positions in int64, and the rotary embedding's cosine
+    and sine of a head's size."""
+    head_size = run.layer.attention / run.num_heads
+    return 4 * 8 + 2 * run.compute_bytes * head_size
 
 
 def cast_bytes(run: Run) -> float:
@@ -301,7 +300,8 @@ def activation_bytes(run: Run) -> float:
 
     Without checkpointing every layer keeps what it needs. With checkpointing each layer keeps only its input, cH, and the
     moment is one layer, recomputed in full, with its backward. Offloading moves the kept inputs to the CPU, of which two are
-    in flight. Selective checkpointing also keeps what attention gave, cA and its logsumexp.
+    in flight. The input of the first layer stays as well where the embedding is frozen: it is made to ask for a gradient, and
+    autograd holds what a gradient is accumulated for. Selective checkpointing also keeps what attention gave, cA and its logsumexp.
     The last norm, of which compiled only the input is kept, is with its output alive during the loss and over before the
     layers' backward begins. The loss is over then, too, so only the larger of the two moments counts.
     """
@@ -311,16 +311,18 @@ def activation_bytes(run: Run) -> float:
     moment = moment_bytes(run)
     if run.checkpointing:
         recomputed = math.ceil(run.num_layers / run.checkpoint_every)
-        kept = c * layer.hidden * (min(2, recomputed) if run.offload else recomputed)
+        on_gpu = min(2, recomputed) + (1 if run.is_adapter and recomputed > 2 else 0)
+        kept = c * layer.hidden * (on_gpu if run.offload else recomputed)
         if run.keeps_attention:
             kept += (c * layer.attention + 4 * run.num_heads) * (2 if run.keeps_on_host else recomputed)
         kept += one * (run.num_layers - recomputed)
-        moment += one * tokens
+        moment += (one + recomputed_bytes(run)) * tokens
     else:
         kept = one * run.num_layers
     norm = c * layer.hidden + 4 if run.compiled else norm_bytes(run)
     final_norm = (norm + c * layer.hidden) * tokens
     later = max(0.0, moment - loss_bytes(run) - final_norm)
+    kept += batch_bytes(run)
     return kept * tokens + cast_bytes(run) + graph_bytes(run) + final_norm + later
 
 
@@ -342,11 +344,24 @@ def loss_bytes(run: Run) -> float:
 
 
 def optimizer_bytes(run: Run) -> float:
-    """Bytes of optimizer state; an optimizer that the table lacks is counted as Adam."""
-    each = OPTIMIZER_BYTES.get(run.optimizer, OPTIMIZER_BYTES["adamw"])(run.trained_bytes)
-    embeddings = min(run.trained_embeddings, run.num_trained)
-    wider = EMBEDDINGS_IN_32_BITS.get(run.optimizer, each) - each
-    return (run.num_trained * each + embeddings * wider) / run.shard_optimizer
+    """Bytes of optimizer state."""
+    return state_bytes(run.optimizer, _trained(run), run.optimizer_options) / run.shard_optimizer
+
+
+def gradient_bytes(run: Run) -> float:
+    """Bytes of gradients; where updates happen in the backward pass, each is gone before the next one comes."""
+    size = run.num_trained * run.trained_bytes
+    if run.optimizer in UPDATES_IN_BACKWARD:
+        size = max((weight.numel * weight.item for weight in _trained(run)), default=0)
+    return size / run.shard_gradients
+
+
+def _trained(run: Run) -> tuple[Weight, ...]:
+    """The weights that are trained."""
+    if run.trained or not run.num_trained:
+        return run.trained
+    columns = math.gcd(run.num_trained, run.layer.hidden)
+    return (Weight((run.num_trained // columns, columns), run.trained_bytes),)
 
 
 def weight_bytes(run: Run) -> tuple[float, float]:
@@ -381,7 +396,7 @@ def forecast(run: Run) -> Forecast:
     return Forecast(
         weights=weights,
         adapters=adapters,
-        gradients=run.num_trained * run.trained_bytes / run.shard_gradients,
+        gradients=gradient_bytes(run),
         optimizer=optimizer_bytes(run),
         activations=activations,
         loss=loss,

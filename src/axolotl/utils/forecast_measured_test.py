@@ -47,11 +47,11 @@ MEASURED: dict[str, tuple[str, dict[str, Any], float]] = {
     "lora-8b-kernels-only": ("8b", {**LORA, **ROWS, "torch_compile": False}, 47.96),
     "lora-8b-fp8": ("8b", {**LORA, **ROWS, "fp8": True}, 39.85),
     "lora-8b-checkpointing": ("8b", {**LORA, **ROWS, **CHECKPOINTING}, 19.31),
-    "lora-8b-offloading": ("8b", {**LORA, **ROWS, **OFFLOADING}, 17.37),
+    "lora-8b-offloading": ("8b", {**LORA, **ROWS, **OFFLOADING}, 17.52),
     "lora-8b-checkpointing-default": ("8b", {**LORA, **ROWS, "gradient_checkpointing": True}, 17.5),
     "qlora-8b": ("8b", {**QLORA, **ROWS}, 30.2),
     "qlora-8b-checkpointing": ("8b", {**QLORA, **ROWS, **CHECKPOINTING}, 9.7),
-    "qlora-8b-offloading": ("8b", {**QLORA, **ROWS, **OFFLOADING}, 7.73),
+    "qlora-8b-offloading": ("8b", {**QLORA, **ROWS, **OFFLOADING}, 7.88),
     "lora-8b-packed": ("8b", {**LORA, **PACKED}, 39.5),
     "lora-8b-longest": ("8b", {**LORA, **PACKED, **OFFLOADING, "sequence_len": 262144, "torch_compile": True}, 70.52),
     "lora-1b": ("1b", {**LORA, **ROWS}, 9.58),
@@ -94,8 +94,7 @@ def test_the_forecast_agrees_with_the_measured_peak(tmp_path, name):
     run = run_of(tmp_path, shape, keys)
     copy = 0 if keys.get("sample_packing") else run.num_trained * run.trained_bytes
     expected = measured - copy / GIB
-    tolerance = 0.1 if name == "lora-8b-longest" else 0.05
-    assert forecast(run).allocated / GIB == pytest.approx(expected, rel=tolerance)
+    assert forecast(run).allocated / GIB == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "memory_gib"), [("lora-8b", 24), ("lora-8b-plain", 40), ("full-1b", 14)])

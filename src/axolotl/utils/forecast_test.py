@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -241,6 +242,20 @@ def test_a_tiled_layer_keeps_no_wide_tensors(num_shards):
         compute_bytes=4, num_heads=4, mlp_tiles=num_shards,
     )  # fmt: skip
     assert layer_bytes(run) == pytest.approx(per_token, rel=0.1)
+
+
+def test_the_first_input_stays_where_the_embedding_is_frozen():
+    """Everything that autograd saves leaves; the input of the first layer is a leaf whose gradient is accumulated."""
+    model = build(LlamaConfig, 3, lora=True, dtype=torch.float32)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    inputs = []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        loss = model(input_ids=torch.arange(8)[None], use_cache=False).logits.sum()
+    assert loss.requires_grad
+    assert [reference() is not None for reference in inputs] == [True, False, False]
 
 
 def test_every_knob_makes_the_run_smaller_by_what_it_moves():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from axolotl.utils.forecast import CONTEXT_BYTES, Forecast, Run, forecast, optimizer_bytes, weight_bytes
+from axolotl.utils.forecast_states import Weight
 
 # What a change costs, as a share of the time of a step. Rough: only the order is used.
 HALVED_BATCH = 0.03  # kernels on fewer rows, as long as there are enough
@@ -22,6 +23,7 @@ FOUR_BITS = 0.05  # dense copies of weights
 
 CHECKPOINTING = "gradient_checkpointing: true"
 OFFLOADING = f"{CHECKPOINTING}, activation_offloading: true"
+PLAIN_OPTIMIZER = "adamw_torch_fused"
 EXACT, OTHER = "same result", "another result"
 
 
@@ -69,7 +71,9 @@ def remedies(run: Run, limit_bytes: float, *, micro_batch_size: int, can_quantiz
         fits = needed <= limit_bytes
         return not fits, remedy.effect != EXACT, remedy.slowdown if fits else needed, needed
 
-    return sorted((remedy for remedy in found if remedy.forecast.total < now * 0.99), key=rank)
+    # The context of the process is there in any case.
+    worth = 0.99 * (now - CONTEXT_BYTES) + CONTEXT_BYTES
+    return sorted((remedy for remedy in found if remedy.forecast.total < worth), key=rank)
 
 
 def checkpointing(run: Run, limit_bytes: float) -> Iterator[Proposal]:
@@ -124,19 +128,24 @@ def smaller_batches(run: Run, micro_batch_size: int) -> Iterator[Proposal]:
 
 def other_results(run: Run, can_quantize: bool) -> Iterator[Proposal]:
     """Changes of what is learnt: the optimizer, the weights, what trains, the length of the rows."""
-    small = dataclasses.replace(run, optimizer="adamw_8bit")
+    small = dataclasses.replace(run, optimizer="adamw_8bit", optimizer_options={})
     if optimizer_bytes(run) - optimizer_bytes(small) > 0.01 * forecast(run).total:
         yield from _with_checkpointing(Proposal("optimizer: adamw_8bit", small, effect=OTHER))
     if can_quantize:
         small = dataclasses.replace(run, weight_bits=4)
         yield from _with_checkpointing(Proposal("adapter: qlora, load_in_4bit: true", small, FOUR_BITS, OTHER))
     if not run.is_adapter:
-        yield Proposal(f"adapter: lora, {CHECKPOINTING}", _as_adapter(run, 16), effect=OTHER)
-        change = f"adapter: qlora, load_in_4bit: true, {CHECKPOINTING}"
-        yield Proposal(change, _as_adapter(run, 4), FOUR_BITS, OTHER)
+        beside = f"{CHECKPOINTING}, optimizer: {PLAIN_OPTIMIZER}" if _projects(run) else CHECKPOINTING
+        yield Proposal(f"adapter: lora, {beside}", _as_adapter(run, 16), effect=OTHER)
+        yield Proposal(f"adapter: qlora, load_in_4bit: true, {beside}", _as_adapter(run, 4), FOUR_BITS, OTHER)
     if run.row_length > 1024:
         half = dataclasses.replace(run, tokens=run.tokens // 2, row_length=run.row_length // 2)
         yield Proposal(f"sequence_len: {run.row_length // 2}", half, effect=OTHER)
+
+
+def _projects(run: Run) -> bool:
+    """Whether the optimizer projects gradients of whole weights, which adapters freeze."""
+    return any(weight.projected for weight in run.trained)
 
 
 def recomputation(run: Run) -> float:
@@ -187,8 +196,9 @@ def _as_adapter(run: Run, bits: int) -> Run:
         is_adapter=True,
         num_params=run.num_params + trained,
         num_trained=trained,
+        trained=(Weight((16, trained // 16), 4),),
+        optimizer=PLAIN_OPTIMIZER if _projects(run) else run.optimizer,
         trained_bytes=4,
         weight_bits=bits,
         head_trained=False,
-        trained_embeddings=0,
     )

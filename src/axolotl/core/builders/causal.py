@@ -10,7 +10,7 @@ from axolotl.core.builders.arguments import read_loss_args
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.core.trainers.adopted import adopt_trainer_cls, check_is_set_up, own_batches, path_of
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes, what_would_help
+from axolotl.core.trainers.batch_size import fits_in_memory, largest_that_fits, possible_sizes
 from axolotl.core.trainers.causal_loss import find_output_head, is_causal_lm
 from axolotl.core.trainers.utils import is_hub_name
 from axolotl.core.training_args import AxolotlTrainingArguments
@@ -148,7 +148,7 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
 
         def fits(size: int) -> bool:
             self.set_batch_size(trainer, size)
-            return fits_in_memory(trainer, str(self.cfg.optimizer))
+            return fits_in_memory(trainer, self.cfg)
 
         args = trainer.args
         found = largest_that_fits(
@@ -156,8 +156,7 @@ class HFCausalTrainerBuilder(TrainerBuilderBase):
         )
         if found is None:
             raise OutOfMemoryError(
-                f"`auto_find_batch_size: true`: not even `micro_batch_size: 1` fits, with `sequence_len: {self.cfg.sequence_len}`. Try, "
-                f"one after the other: {what_would_help(self.cfg)}."
+                f"`auto_find_batch_size: true`: not even `micro_batch_size: 1` fits, with `sequence_len: {self.cfg.sequence_len}`."
             )
         return found
 

@@ -17,27 +17,11 @@ from axolotl.core.trainers.utils import kept_modes, kept_random_state
 from axolotl.utils.data.bins import BinDataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import gather_on_all_ranks
-from axolotl.utils.forecast import FRAGMENTATION, OPTIMIZER_BYTES
+from axolotl.utils.forecast import FRAGMENTATION
+from axolotl.utils.forecast_states import state_bytes
+from axolotl.utils.optimizers.states import read_state_options, trained_weights
+from axolotl.utils.optimizers.table import read_any_name
 from axolotl.utils.samplers.utils import get_dataset_lengths
-
-# What to change when memory runs out, best first: (whether it applies, what to write).
-SMALLER_RUN: tuple[tuple[Callable[[DictDefault], bool], str], ...] = (
-    (
-        lambda cfg: (cfg.micro_batch_size or 1) > 1,
-        "`micro_batch_size: 1`, with more `gradient_accumulation_steps`",
-    ),
-    (lambda cfg: not cfg.gradient_checkpointing, "`gradient_checkpointing: true`"),
-    (lambda cfg: not cfg.activation_offloading, "`activation_offloading: true` with it"),
-    (lambda cfg: (cfg.sequence_len or 0) > 1024, "a smaller `sequence_len`"),
-    (lambda cfg: not cfg.adapter, "`adapter: lora`"),
-    (lambda cfg: not cfg.load_in_4bit, "`load_in_4bit: true` with `adapter: qlora`"),
-    (lambda cfg: "8bit" not in str(cfg.optimizer), "`optimizer: adamw_bnb_8bit`"),
-)
-
-
-def what_would_help(cfg: DictDefault) -> str:
-    """The keys that would make a run smaller, joined by commas."""
-    return ", ".join(text for applies, text in SMALLER_RUN if applies(cfg)) or "a GPU with more memory"
 
 
 def possible_sizes(rows_per_step: int) -> list[int]:
@@ -54,7 +38,7 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
     return sizes[low - 1] if low else None
 
 
-def fits_in_memory(trainer: Any, optimizer: str) -> bool:
+def fits_in_memory(trainer: Any, cfg: DictDefault) -> bool:
     """Whether a step with the trainer's present batch size fits on every rank.
 
     Two forward and backward passes over the longest rows, the second one beside the gradients of the first, with memory set
@@ -62,9 +46,9 @@ def fits_in_memory(trainer: Any, optimizer: str) -> bool:
 
     Args:
         trainer: a trainer that has not begun to train.
-        optimizer: the key `optimizer`, for the size of its state; unknown ones are counted as Adam.
+        cfg: the config, for the size of the optimizer's state.
     """
-    fits = _passes_fit(trainer, optimizer)
+    fits = _passes_fit(trainer, cfg)
     # The traceback of an error, which holds the activations, is gone here.
     trainer.model.zero_grad(set_to_none=True)
     gc.collect()
@@ -74,11 +58,11 @@ def fits_in_memory(trainer: Any, optimizer: str) -> bool:
     return all(gather_on_all_ranks(fits))
 
 
-def _passes_fit(trainer: Any, optimizer: str) -> bool:
+def _passes_fit(trainer: Any, cfg: DictDefault) -> bool:
     """Whether the two passes of `fits_in_memory` run on this rank."""
     model, device = trainer.model, trainer.args.device
     try:
-        reserve = torch.empty(reserved_bytes(trainer, optimizer), dtype=torch.uint8, device=device)
+        reserve = torch.empty(reserved_bytes(trainer, cfg), dtype=torch.uint8, device=device)
         _enable_checkpointing(trainer)
         with kept_modes(model), kept_random_state():
             model.train()
@@ -95,13 +79,12 @@ def _passes_fit(trainer: Any, optimizer: str) -> bool:
     return True
 
 
-def reserved_bytes(trainer: Any, optimizer: str) -> int:
+def reserved_bytes(trainer: Any, cfg: DictDefault) -> int:
     """Memory that training needs besides weights, gradients and activations, in bytes."""
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    per_parameter = OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES["adamw"])
-    size = sum(parameter.numel() * per_parameter(parameter.element_size()) for parameter in trained)
+    trained = trained_weights(cfg, trainer.model)
+    size = state_bytes(read_any_name(cfg), trained, read_state_options(cfg))
     if trainer.args.world_size > 1:
-        size += sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        size += sum(weight.count * weight.numel * weight.item for weight in trained)
     if trainer.args.device.type == "cuda":
         size += FRAGMENTATION * torch.cuda.get_device_properties(trainer.args.device).total_memory
     return int(size)

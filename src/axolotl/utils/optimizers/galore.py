@@ -147,7 +147,8 @@ class GaLore(Optimizer):
                 vectors, group["proj_bits"], group["proj_group_size"]
             )
         else:
-            state["vectors"] = vectors.to(gradient.dtype)
+            # A view would keep all vectors, in checkpoints too.
+            state["vectors"] = vectors.to(gradient.dtype, copy=True)
 
     def _vectors(self, param: Tensor, group: dict[str, Any]) -> Tensor:
         """Singular vectors as rows, rank x side of the matrix."""

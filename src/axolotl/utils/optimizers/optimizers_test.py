@@ -8,12 +8,15 @@ import sys
 import pytest
 import torch
 
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.exceptions import ConfigError, MissingExtraError
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.optimizers.adopt import ADOPT
 from axolotl.utils.optimizers.groups import build_param_groups
 from axolotl.utils.optimizers.state import keep_loaded_dtypes
 from axolotl.utils.optimizers.table import OPTIMIZERS, read_optim_args, read_optimizer, read_optimizer_args
+from tests.tiny import make_tiny_model
 
 
 def parameters():
@@ -62,6 +65,35 @@ def test_frozen_parameters_are_left_out():
     named[1][1].requires_grad_(False)
     groups = build_param_groups(named, decay_names=set(), learning_rate=1.0, weight_decay=0.0)
     assert sum(len(group["params"]) for group in groups) == len(named) - 1
+
+
+def test_optimizer_kwargs_of_the_training_arguments_reach_the_optimizer(tmp_path):
+    args = AxolotlTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        optim="adamw_torch",
+        optimizer_kwargs={"amsgrad": True},
+    )
+    trainer = AxolotlTrainer(model=make_tiny_model(tmp_path, "llama", num_hidden_layers=1), args=args)
+    assert trainer.create_optimizer().defaults["amsgrad"] is True
+
+    cfg = DictDefault(optimizer="muon", learning_rate=1e-3, optim_args={"momentum": 0.5, "ns_steps": 3})
+    args.optimizer_kwargs = {"momentum": 0.7}
+    matrix = read_optimizer(cfg, args)[1]["matrix_kwargs"]
+    assert (matrix["momentum"], matrix["ns_steps"]) == (0.7, 3)
+    args.optimizer_kwargs = {"momentun": 0.7}
+    with pytest.raises(ConfigError, match="momentun"):
+        read_optimizer(cfg, args)
+
+
+def test_apollo_scales_by_channel_only_along_the_longer_side():
+    pytest.importorskip("apollo_torch")
+    cfg = DictDefault(optimizer="apollo_adamw", optim_args={"proj_type": "left"}, learning_rate=1e-3)
+    with pytest.raises(ConfigError, match="scale_type: tensor"):
+        read_optimizer(cfg, None)
+    cfg.optim_args = {"proj_type": "left", "scale_type": "tensor"}
+    assert read_optimizer(cfg, None)[1]["projection"]["proj_type"] == "left"
 
 
 def test_optim_args_as_text_and_as_a_mapping():

@@ -174,14 +174,19 @@ OPTIMIZERS: dict[str, Row] = {
 }
 
 
+def read_any_name(cfg: DictDefault) -> str:
+    """The name of a row, or one that a plugin knows."""
+    name = str(getattr(cfg.optimizer, "value", cfg.optimizer) or DEFAULT)
+    return RENAMED.get(name, name)
+
+
 def read_optimizer_name(cfg: DictDefault) -> str:
     """The name of a row.
 
     Raises:
         ConfigError: no such optimizer; near names are shown.
     """
-    name = str(getattr(cfg.optimizer, "value", cfg.optimizer) or DEFAULT)
-    name = RENAMED.get(name, name)
+    name = read_any_name(cfg)
     if name not in OPTIMIZERS:
         raise ConfigError(f"`optimizer: {name}` is not known.{did_you_mean(name, OPTIMIZERS, n=3)}")
     return name
@@ -209,7 +214,7 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
 
     Args:
         cfg: the config.
-        args: training arguments; None takes what they would be made from.
+        args: training arguments; None takes what they would be made from. Their `optimizer_kwargs` win over `optim_args`.
 
     Raises:
         ConfigError: unknown name, option or value.
@@ -218,7 +223,8 @@ def read_optimizer(cfg: DictDefault, args: Any) -> tuple[type, dict[str, Any]]:
     name = read_optimizer_name(cfg)
     row = OPTIMIZERS[name]
     cls = _load_class(name, row, cfg)
-    given = check_options(name, {**options_of(cls), **row.projection}, read_optim_args(cfg))
+    more = {} if args is None else args.optimizer_kwargs or {}
+    given = check_options(name, {**options_of(cls), **row.projection}, {**read_optim_args(cfg), **more})
     for key, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if key in given and cfg[setting] and given[key] != cfg[setting]:
             note_choice(
@@ -254,13 +260,18 @@ def _arrange(
             "adamw_kwargs": dict(own),
         }
     if row.via in ("galore", "apollo"):
-        projection = {key: given.get(key, default) for key, default in row.projection.items()}
+        projection = {**read_projection(cfg), **{key: given[key] for key in row.projection if key in given}}
+        if (projection.get("scale_type"), projection.get("proj_type", "std") == "std") == ("channel", False):
+            raise ConfigError(
+                f"`optim_args: {{proj_type: {projection['proj_type']}}}` of `optimizer: {name}` does not fit its scale by channel, which is "
+                "for the longer side of a matrix. Write `scale_type: tensor` beside it, or `proj_type: std`."
+            )
         inner = {key: value for key, value in given.items() if key not in projection}
         kwargs = {
             "name": name,
             "inner_cls": cls,
             "inner_kwargs": {**own, **row.fixed, **inner},
-            "projection": _read_q_galore(cfg) if name == "q_galore_adamw8bit" else projection,
+            "projection": projection,
             "layerwise": row.layerwise,
         }
         return kwargs if row.via == "galore" else {**kwargs, "projects_itself": True, "state_types": _apollo_states()}
@@ -337,6 +348,13 @@ def _read_dion(cfg: DictDefault) -> dict[str, Any]:
         "rank_multiple_of": cfg.dion_rank_multiple_of,
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def read_projection(cfg: DictDefault) -> dict[str, Any]:
+    """Options of the projection of GaLore, Q-GaLore and APOLLO, without those of `optim_args`; empty for others."""
+    name = read_any_name(cfg)
+    row = OPTIMIZERS.get(name)
+    return _read_q_galore(cfg) if name == "q_galore_adamw8bit" else dict(row.projection) if row else {}
 
 
 def _read_q_galore(cfg: DictDefault) -> dict[str, Any]:

@@ -36,8 +36,13 @@ class OptimizerMixin(Trainer):
         self.optimizer = PluginManager.get_instance().create_optimizer(self)
         if self.optimizer is not None:
             return self.optimizer
-        optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+        if self.optimizer_cls_and_kwargs:  # those of a config hold `optimizer_kwargs` already
+            optimizer_cls, kwargs = self.optimizer_cls_and_kwargs
+        else:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            kwargs = {**kwargs, **(self.args.optimizer_kwargs or {})}
         if any(key in kwargs for key in OWN_PARAMETERS):
+            self.optimizer_cls_and_kwargs = (optimizer_cls, kwargs)
             return super().create_optimizer(model)
         try:
             self.optimizer = self._build_optimizer(opt_model, optimizer_cls, dict(kwargs))
