@@ -9,13 +9,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from axolotl.monkeypatch.attention.documents import add_document_hook, find_documents_once, register_masks
 from tests.integration.training_runs import make_trainer, steps_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def make(folder, **args):
-    length = 32  # of all rows: for padded ones, models of transformers ask the mask what it hides
+    length = 32  # of all rows: models of transformers look into the masks of padded ones
     ids = torch.randint(5, 384, (48, length), generator=torch.Generator().manual_seed(0)).tolist()
     rows = {
         "input_ids": ids,
@@ -23,7 +24,7 @@ def make(folder, **args):
         "attention_mask": [[1] * length] * 48,
         "position_ids": [list(range(length))] * 48,
     }
-    return make_trainer(
+    trainer = make_trainer(
         folder,
         rows=Dataset.from_dict(rows),
         use_cpu=False,
@@ -35,6 +36,11 @@ def make(folder, **args):
         save_strategy="no",
         **args,
     )
+    # As the loader of models does, so that transformers need not look for documents.
+    register_masks()
+    find_documents_once()
+    add_document_hook(trainer.model, varlen=False)
+    return trainer
 
 
 @pytest.mark.parametrize("lora", [None, {}])

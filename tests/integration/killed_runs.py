@@ -14,7 +14,6 @@ line of JSON.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -43,6 +42,7 @@ from axolotl.core.checkpoint import (
 from axolotl.train import exit_if_signalled, setup_signal_handler
 from axolotl.utils.data.streaming import wrap_streaming_dataset
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.garbage import set_aside
 from tests.integration.training_runs import make_rows, make_trainer, steps_of, weights_of
 from tests.tiny import make_tiny_model
 
@@ -177,7 +177,7 @@ class Kills:
         self.rows = make_rows(24)
         self.counts = {"kills": 0, "terms": 0, "inside_a_save": 0, "finished": 0}
         self.last_step = 0
-        gc.freeze()  # a collection in a fork would look at (and copy) all that was imported
+        set_aside()  # a collection in a fork would look at (and copy) all that was imported
         host_copy.SMALL_BYTES = 0  # the files of a tiny model go the way of large ones
         without = {**self.how, "async_save": False}
         whole, _ = fork(lambda _: train(folder / "whole", self.model, self.rows, **without, save=False))
@@ -231,7 +231,7 @@ class Kills:
         self.last_step = last
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--random", type=int, default=0)
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--kind", choices=KINDS, default="rows")
     parser.add_argument("--seed", type=int, default=None)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     disable_progress_bar()
     seed = time.time_ns() if args.seed is None else args.seed

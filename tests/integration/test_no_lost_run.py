@@ -7,11 +7,11 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
-import sys
+import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,9 @@ from axolotl.core.trainers.mixins.checkpoints import CheckpointSaveMixin
 from axolotl.exceptions import CheckpointError, OutputError
 from axolotl.train import execute_training, save_trained_model, setup_signal_handler
 from axolotl.utils.dict import DictDefault
-from tests.integration.training_runs import make_rows, make_trainer, steps_of, weights_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration import killed_runs
+from tests.integration.test_non_finite import Bad
+from tests.integration.training_runs import CommandLine, make_rows, make_trainer, run_on_ranks, steps_of, weights_of
 
 
 def make(folder: Path, **args):
@@ -154,14 +154,11 @@ def kill_runs(folder: Path, *options: str) -> dict[str, int]:
     # Memory takes the files where it can: a kill loses no page of it either, and nothing waits for a disk.
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else folder
     place = base / f"killed-{os.getpid()}-{folder.name}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "tests.integration.killed_runs", str(place), *options]
     try:
-        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        output = CommandLine(str(place), *options, folder=folder, program=killed_runs.main).finish(timeout=600)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
@@ -451,52 +448,34 @@ def test_the_trained_model_is_saved_elsewhere_too(tmp_path):
 # ---- two ranks
 
 
-TWO_RANKS = """
-import json, math, sys, tempfile
-from pathlib import Path
-import torch
-from axolotl.core import host_copy
-from axolotl.core.trainers.nonfinite import NonFiniteGuard
-from axolotl.exceptions import OutputError
-from tests.integration.test_no_lost_run import SaveAt, make, weights_of
-from tests.integration.test_non_finite import Bad
-
-host_copy.SMALL_BYTES = 0
-folder, resume = Path(sys.argv[1]), sys.argv[2] or None
-tempfile.tempdir = str(folder)
-trainer = make(folder, async_save=True, max_steps=5, save_steps=1, ddp_backend="gloo", save_total_limit=2)
-rank = trainer.args.process_index
-if rank == 1:
-    trainer.add_callback(Bad(trainer, [3]))
-trainer.train(resume_from_checkpoint=resume)
-said = {"skipped": trainer.nonfinite.num_skipped, "sum": sum(w.double().sum().item() for w in weights_of(trainer).values())}
-if rank == 0:
-    import shutil
-    shutil.rmtree(folder / "out")
-try:
-    torch.distributed.barrier()
-    trainer._save_checkpoint(trainer.model)
-except OutputError as error:
-    said["error"] = str(error)
-(folder / f"said-{rank}.json").write_text(json.dumps(said))
-torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
-"""
+def train_and_lose_the_output(folder: Path, resume: Path | None) -> None:
+    """On a rank: what it has seen is left in `said.json` of its folder. Its output lies beside that folder."""
+    host_copy.SMALL_BYTES = 0
+    tempfile.tempdir = str(folder.parent)
+    out = folder.parent.parent
+    trainer = make(out, async_save=True, max_steps=5, save_steps=1, ddp_backend="gloo", save_total_limit=2)
+    rank = trainer.args.process_index
+    if rank == 1:
+        trainer.add_callback(Bad(trainer, [3]))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    weights = weights_of(trainer).values()
+    said = {"skipped": trainer.nonfinite.num_skipped, "sum": sum(w.double().sum().item() for w in weights)}
+    if rank == 0:
+        shutil.rmtree(out / "out")
+    try:
+        torch.distributed.barrier()
+        trainer._save_checkpoint(trainer.model)
+    except OutputError as error:
+        said["error"] = str(error)
+    (folder / "said.json").write_text(json.dumps(said))
 
 
 def test_two_ranks_decide_alike(tmp_path):
     """A loss that is bad on one of them, saves in the background, and an output that goes away under the one that writes."""
-    (tmp_path / "script.py").write_text(TWO_RANKS)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     said = []
-    for resume in ("", str(tmp_path / "out-rescued/checkpoint-5")):
-        command = [*launcher, str(tmp_path / "script.py"), str(tmp_path), resume]
-        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr[-3000:]
-        said.append([json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)])
+    for name, resume in (("first", None), ("resumed", tmp_path / "out-rescued/checkpoint-5")):
+        run_on_ranks(partial(train_and_lose_the_output, resume=resume), tmp_path / name)
+        said.append([json.loads((tmp_path / name / f"rank{rank}/said.json").read_text()) for rank in (0, 1)])
     for zero, one in said:
         assert (zero["skipped"], zero["sum"]) == (one["skipped"], one["sum"])
         assert zero["skipped"] == 1

@@ -23,6 +23,7 @@ from axolotl.cli.main import main
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.utils.collators.batching import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
+from axolotl.utils.garbage import set_aside
 from axolotl.utils.processes import end_with_parent
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
@@ -139,6 +140,7 @@ def _end_ranks() -> None:
 
 def _become_a_process_of_its_own() -> None:
     """Do as a process that a launcher starts, but for ending with the tests: its workers are forked from itself."""
+    set_aside()  # a collection would look at (and copy) all that was imported
     end_with_parent()
     multiprocessing.set_start_method("fork", force=True)
 
@@ -155,7 +157,13 @@ def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     return {key: str(value) for key, value in group.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _command_line(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], output: Path) -> None:
+def _command_line(
+    program: Callable[[list[str]], Any],
+    arguments: tuple[str, ...],
+    folder: Path,
+    environment: dict[str, str],
+    output: Path,
+) -> None:
     _become_a_process_of_its_own()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for standard in (1, 2):
@@ -164,7 +172,7 @@ def _command_line(arguments: tuple[str, ...], folder: Path, environment: dict[st
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["axolotl", *arguments]
-    main(list(arguments))
+    program(list(arguments))
 
 
 class CommandLine:
@@ -174,14 +182,15 @@ class CommandLine:
         arguments: the command and what follows it.
         folder: where it is run.
         num_ranks: with more than one, a group of processes as a launcher makes it.
+        program: what is run in the place of `axolotl`, a function of a module.
     """
 
-    def __init__(self, *arguments: str, folder: Path, num_ranks: int = 1):
+    def __init__(self, *arguments: str, folder: Path, num_ranks: int = 1, program: Callable[[list[str]], Any] = main):
         port, self.processes, self.outputs = _free_port(), [], []
         for rank in range(num_ranks):
             environment = _rank_environment(rank, num_ranks, port) if num_ranks > 1 else {}
             self.outputs.append(folder / f".output-{uuid.uuid4()}.txt")
-            given = (arguments, folder, environment, self.outputs[-1])
+            given = (program, arguments, folder, environment, self.outputs[-1])
             self.processes.append(RANKS.Process(target=_command_line, args=given))
             self.processes[-1].start()
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 
@@ -22,18 +21,6 @@ OPTIONS = [
     {"flag": "--lr-scheduler-kwargs", "type": "dict[str, Any] | None", "help": "", "group": "Training"},
     {"flag": "--lora-target-modules", "type": "list[str] | str | None", "help": "", "group": "LoRA"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before():
-    """A command configures logging for its process, on streams that pytest closes when the test ends."""
-    loggers = [logging.getLogger(), logging.getLogger("axolotl")]
-    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 @pytest.fixture

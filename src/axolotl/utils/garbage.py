@@ -23,6 +23,7 @@ class _Process:
     """What is known of this process."""
 
     is_ours = False
+    has_set_aside = False  # Python would count, object by object, and take longer than what hangs on it
 
 
 def own_process() -> None:
@@ -55,6 +56,18 @@ def _in_use() -> bool:
     return torch is not None and (torch.cuda.is_initialized() or torch.distributed.is_initialized())
 
 
+def set_aside() -> None:
+    """Look for garbage only among what is made from here on."""
+    _Process.has_set_aside = True
+    gc.freeze()
+
+
+def give_back() -> None:
+    """Look for garbage everywhere again."""
+    _Process.has_set_aside = False
+    gc.unfreeze()
+
+
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """For code that makes many objects and no cycles, as a block or a decorator."""
@@ -75,7 +88,7 @@ def importing() -> Iterator[None]:
             yield
         finally:
             if _Process.is_ours:
-                gc.freeze()
+                set_aside()
 
 
 @contextmanager
@@ -86,11 +99,11 @@ def collecting_only_new(*, after_setup: bool = False) -> Iterator[None]:
         after_setup: much has been made since the imports, such as a model, so that a process of our own sets that aside, too.
             All of it is given back afterwards, with what was imported: the model may be let go then.
     """
-    if gc.get_freeze_count() and not (_Process.is_ours and after_setup):
+    if not (_Process.is_ours and after_setup) and (_Process.has_set_aside or gc.get_freeze_count()):
         yield
         return
-    gc.freeze()
+    set_aside()
     try:
         yield
     finally:
-        gc.unfreeze()
+        give_back()

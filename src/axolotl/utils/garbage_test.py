@@ -6,15 +6,37 @@ import gc
 import subprocess
 import sys
 
-from axolotl.utils.garbage import collecting_only_new, importing, without_garbage_collection
+import pytest
+
+from axolotl.utils.garbage import (
+    collecting_only_new,
+    give_back,
+    importing,
+    set_aside,
+    without_garbage_collection,
+)
 
 
 def test_a_program_that_imports_us_gets_its_garbage_collected():
+    give_back()  # such a program has nothing set aside, as these tests have
     with importing():
         assert not gc.isenabled()
     with collecting_only_new():
         assert gc.isenabled() and gc.get_freeze_count() > 0
     assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("freeze", [set_aside, gc.freeze], ids=["by us", "by the program"])
+def test_what_was_set_aside_before_is_not_given_back(freeze):
+    give_back()
+    freeze()
+    try:
+        before = gc.get_freeze_count()
+        with collecting_only_new(), collecting_only_new(after_setup=True):
+            pass
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        give_back()
 
 
 def test_collecting_stays_off_where_it_was_off():

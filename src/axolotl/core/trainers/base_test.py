@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.causal_loss import perplexity
 from axolotl.core.trainers.utils import sanitize_kwargs_for_tagging
+from axolotl.utils.garbage import give_back
 from axolotl.utils.processes import init_worker
 from tests.integration.training_runs import make_trainer
 
@@ -108,6 +109,6 @@ def test_training_does_not_search_what_was_there_before_for_garbage(tmp_path):
             self.frozen = gc.get_freeze_count()
 
     watch = Watch()
-    before = gc.get_freeze_count()
+    give_back()  # a program that imports the package has nothing set aside, as these tests have
     make_trainer(tmp_path, max_steps=1, callbacks=[watch]).train()
-    assert watch.frozen > 10_000 and gc.get_freeze_count() == before
+    assert watch.frozen > 10_000 and gc.get_freeze_count() == 0

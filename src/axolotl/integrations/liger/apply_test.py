@@ -15,6 +15,7 @@ from axolotl.integrations.liger.apply import LAYER_KEYS, apply_liger_kernels, re
 from axolotl.integrations.liger.kernels import LigerKernels
 from axolotl.integrations.liger.mlps import read_activation, read_projections
 from axolotl.integrations.liger.norms import RmsNormKind, read_rms_norm, torch_rms_norm
+from axolotl.integrations.liger.rope import restore_rope
 from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.monkeypatch.tiled_mlp import apply_tiled_mlp
@@ -56,6 +57,17 @@ def on_this_cpu(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(apply, "load_liger_kernels", lambda impl: STAND_IN)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     yield
+
+
+@pytest.fixture(autouse=True)
+def rotations_as_before(monkeypatch) -> Iterator[None]:
+    """A rotation belongs to the module that the code is in, which other tests use, too."""
+    fused: list[nn.Module] = []
+    fuse_rope = apply.fuse_rope
+    monkeypatch.setattr(apply, "fuse_rope", lambda model, kernel: fused.append(model) or fuse_rope(model, kernel))
+    yield
+    for model in fused:
+        restore_rope(model)
 
 
 def noted(cfg: DictDefault) -> dict[str, tuple[object, str]]:
