@@ -217,7 +217,7 @@ class TokenLossMixin(StepBatchesMixin):
         return output
 
     def numbers_of_step(self) -> list[torch.Tensor]:
-        """What will be asked for when the step under way has ended. Reading it before the update spares a wait for the update."""
+        """What will be asked for when the step under way has ended. Sent to the host before the update, it need not wait for that."""
         self._window_with_step = self.window_loss + self.step_loss
         return [self._tr_loss, self._window_with_step, self._step_sums]
 
