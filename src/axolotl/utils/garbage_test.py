@@ -34,7 +34,7 @@ def test_what_was_set_aside_before_is_not_given_back(freeze):
         before = gc.get_freeze_count()
         with collecting_only_new(), collecting_only_new(after_setup=True):
             pass
-        assert gc.get_freeze_count() == before > 0
+        assert gc.get_freeze_count() > 0.99 * before > 0  # what ends of itself meanwhile is no longer counted
     finally:
         give_back()
 
