@@ -88,6 +88,42 @@ def test_a_skipped_step_changes_neither_weights_nor_optimizer(tmp_path, what, op
     assert trainer.state.log_history[-2]["steps_skipped"] == 4
 
 
+def test_hooks_of_the_optimizer_are_not_called_in_a_skipped_step(tmp_path):
+    """They may average gradients, as Grokfast does."""
+    trainer = make(tmp_path, steps=[3], non_finite_policy="skip", optim="adamw_torch_fused")
+    finite = []
+
+    class Hooks(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.optimizer.optimizer.register_step_pre_hook(
+                lambda *_: finite.append(all(p.grad.isfinite().all() for p in trainer.model.parameters()))
+            )
+
+    trainer.add_callback(Hooks())
+    trainer.train()
+    assert finite == [True] * 7 and trainer.nonfinite.num_skipped == 1
+
+
+def test_a_step_that_an_exception_ends_decides_nothing_later(tmp_path):
+    trainer = make(tmp_path, non_finite_policy="skip", optim="adamw_torch_fused")
+
+    class Raises(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            assert hasattr(trainer.optimizer.optimizer, "found_inf")
+            raise RuntimeError("mine")
+
+    raises = Raises()
+    trainer.add_callback(raises)
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.train()
+    trainer.remove_callback(raises)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+    trainer.add_callback(Bad(trainer, [1]))
+    trainer.train()
+    assert trainer.nonfinite.num_skipped == 1
+    assert all(torch.isfinite(weight).all() for weight in weights_of(trainer).values())
+
+
 def test_stop_saves_after_patience_and_names_the_rows(tmp_path):
     trainer = make(
         tmp_path, steps=[4, 6, 7, 8], non_finite_policy="stop", non_finite_patience=2, save_strategy="no", packed=True

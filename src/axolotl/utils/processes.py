@@ -9,11 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 # Ctrl-C, a scheduler's wish to end, a lost terminal, and what Slurm sends before the time limit (`--signal=USR1@60`).
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -73,7 +77,10 @@ def leave_signals_to_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in every thread that starts from here on, too
+    # In this thread, and in every one that starts from here on. What libraries have started before, where a worker is not a fork,
+    # takes signals as ever: handlers do not learn the sender, and a worker that its parent cannot end would be worse.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _start_programs_unblocked()
 
     def watch() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent.pid:
@@ -81,6 +88,20 @@ def leave_signals_to_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="leave-signals-to-parent", daemon=True).start()
+
+
+def _start_programs_unblocked() -> None:
+    """A program inherits what its starter blocks; it could not be ended by `terminate` then."""
+    execute: Any = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
+
+    def execute_unblocked(self: subprocess.Popen, *args: Any, **kwargs: Any) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        try:
+            execute(self, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    subprocess.Popen._execute_child = execute_unblocked  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> None:
@@ -94,5 +115,17 @@ def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> No
     """
     leave_signals_to_parent()
     end_with_parent()
+    _mind_no_hanging_up()
     if then is not None:
         then(worker_id)
+
+
+def _mind_no_hanging_up() -> None:
+    """A parent that is interrupted while a tensor is handed to it hangs up; `multiprocessing` would show that as an error here."""
+    show = sys.excepthook
+
+    def show_others(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if not isinstance(error, (ConnectionError, EOFError)):
+            show(kind, error, trace)
+
+    sys.excepthook = show_others

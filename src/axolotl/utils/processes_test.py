@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import pytest
@@ -177,8 +180,45 @@ def test_a_worker_outlives_a_signal_that_was_sent_to_all(context, number):
     batches = iter(loader)
     next(batches)
     (worker,) = batches._workers
-    os.kill(worker.pid, number)
-    worker.join(10)
-    assert not worker.is_alive()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(RuntimeError, match="worker"):  # as soon as it is gone, wherever this process is then
+        os.kill(worker.pid, number)
+        worker.join(10)
         list(batches)
+    assert not worker.is_alive()
+
+
+def _offer_a_file(sender):
+    init_worker(0)
+    sender.send(DupFd(1)._id)
+    time.sleep(60)
+
+
+def test_a_parent_that_hangs_up_is_no_error_of_a_worker(capfd):
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_offer_a_file, args=(sender,))
+    worker.start()
+    address, _ = receiver.recv()
+    with socket.socket(socket.AF_UNIX) as parent:
+        parent.connect(address)
+    time.sleep(0.3)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
+    assert capfd.readouterr().err == ""
+
+
+def _end_a_program(sender):
+    init_worker(0)
+    program = subprocess.Popen(["sleep", "60"])
+    program.terminate()
+    sender.send(program.wait(20))
+
+
+def test_a_worker_can_end_the_programs_that_it_starts():
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_end_a_program, args=(sender,))
+    worker.start()
+    assert receiver.recv() == -signal.SIGTERM
+    worker.join()

@@ -112,3 +112,18 @@ def test_training_does_not_search_what_was_there_before_for_garbage(tmp_path):
     give_back()  # a program that imports the package has nothing set aside, as these tests have
     make_trainer(tmp_path, max_steps=1, callbacks=[watch]).train()
     assert watch.frozen > 10_000 and gc.get_freeze_count() == 0
+
+
+def test_an_optimizer_is_the_same_when_it_is_made_again(tmp_path):
+    pytest.importorskip("galore_torch")
+    trainer = make_trainer(
+        tmp_path, optim="galore_adamw", optim_target_modules=["mlp"], optim_args="rank=4", max_steps=1
+    )
+
+    def groups():
+        trainer.optimizer = None
+        made = trainer.create_optimizer()
+        return [(len(group["params"]), group.get("rank")) for group in made.param_groups]
+
+    first = groups()
+    assert (4 in [rank for _, rank in first]) and groups() == first

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from axolotl.exceptions import TrainingStopped
 from axolotl.utils.distributed import gather_on_all_ranks
@@ -53,6 +54,7 @@ class NonFiniteGuard:
         """At the beginning of an optimizer step."""
         self.skipping = False
         self._loss_before = self.trainer._tr_loss.clone()
+        self._let_go()  # of a step that an exception ended
 
     def leave_out_if(self, bad: torch.Tensor) -> bool:
         """Have the optimizer decide on the device, without the CPU, whether its next `step` changes anything.
@@ -128,11 +130,15 @@ class NonFiniteGuard:
 
     def end_update(self) -> None:
         """After the place where the optimizer would have stepped."""
+        if self.skipping and self._deciding is None:
+            self.trainer.accelerator.gradient_state._set_sync_gradients(True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The optimizer decides nothing any more."""
         if self._deciding is not None:
             del self._deciding.found_inf
             self._deciding = None
-        elif self.skipping:
-            self.trainer.accelerator.gradient_state._set_sync_gradients(True)
 
     def _skip(self) -> None:
         """Make the optimizer's next `step` do nothing if it has not already, and take this step's loss out of the average."""
@@ -184,10 +190,22 @@ class NonFiniteGuard:
 
 
 def skips_by_itself(optimizer: Any, device: torch.device) -> bool:
-    """Whether `step` leaves weights and states alone where `optimizer.found_inf` is 1: torch's fused Adam and AdamW do."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+    """Whether `step` leaves weights and states alone where `optimizer.found_inf` is 1: torch's fused Adam and AdamW do.
+
+    Not where somebody is told of a step or has put another in its place: they would be given gradients that are not finite.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or device.type not in ("cpu", "cuda"):
         return False
-    return all(
+    own = vars(optimizer).get("step")  # schedulers of torch count the calls
+    if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
+        return False
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return not any(hooks) and all(
         group["fused"] and all(type(p.data) is torch.Tensor and p.device == device for p in group["params"])
         for group in optimizer.param_groups
     )

@@ -42,8 +42,11 @@ class OptimizerMixin(Trainer):
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             kwargs = {**kwargs, **(self.args.optimizer_kwargs or {})}
         if any(key in kwargs for key in OWN_PARAMETERS):
-            self.optimizer_cls_and_kwargs = (optimizer_cls, kwargs)
-            return super().create_optimizer(model)
+            given, self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs, (optimizer_cls, dict(kwargs))
+            try:
+                return super().create_optimizer(model)  # takes keys out of the dict
+            finally:
+                self.optimizer_cls_and_kwargs = given
         try:
             self.optimizer = self._build_optimizer(opt_model, optimizer_cls, dict(kwargs))
         except ConfigError:
