@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from axolotl.cli.answering import GENERATION_DEFAULTS, Message
+from axolotl.cli.utils.errors import Terminated
 from axolotl.exceptions import AxolotlError
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -98,6 +99,8 @@ class ChatSession:
         while not self.over:
             try:
                 line = self._read_turn()
+            except Terminated:
+                raise
             except (EOFError, KeyboardInterrupt):
                 self.show("\n")
                 return
@@ -130,6 +133,8 @@ class ChatSession:
         kwargs = {} if self.thinking is None else {"enable_thinking": self.thinking}
         try:
             text = self.answerer.answer([*system, *self.messages], folder, kwargs)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             self.messages.pop()
             self.show("\n(stopped; the turn is taken back)\n")

@@ -9,6 +9,7 @@ import pytest
 
 from axolotl.cli.answering import GENERATION_DEFAULTS
 from axolotl.cli.chat import COMMANDS, ChatSession, ThinkFolder
+from axolotl.cli.utils.errors import Terminated
 from axolotl.exceptions import AxolotlError
 
 
@@ -27,6 +28,8 @@ class Echo:
             raise AxolotlError("no room")
         if messages[-1]["content"] == "stop":
             raise KeyboardInterrupt
+        if messages[-1]["content"] == "end":
+            raise Terminated
         text = f"<think>hm</think>\n{len(messages)}:{messages[-1]['content']}"
         for letter in text:
             receive(letter)
@@ -113,6 +116,12 @@ def test_a_failed_or_stopped_turn_is_taken_back(talk):
     session, say = talk
     assert "no room" in say("too long") and session.messages == []
     assert "stopped" in say("stop") and session.messages == []
+
+
+def test_a_wish_to_end_the_process_is_no_wish_to_stop_the_answer(talk):
+    _session, say = talk
+    with pytest.raises(Terminated):
+        say("end")
 
 
 def test_save_writes_a_training_row(talk, tmp_path):

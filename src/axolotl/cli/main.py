@@ -131,7 +131,10 @@ def main(args: list[str] | None = None) -> NoReturn:
 def command(args: list[str] | None = None) -> NoReturn:
     """`main` as the whole of a process, which it ends."""
     own_process()
-    end_process(run(args))
+    code = run(args)
+    if errors := sys.modules.get("axolotl.cli.utils.errors"):
+        errors.leave()
+    end_process(code)
 
 
 def run(args: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from axolotl.loaders.utils import read_base_model, read_revision
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.merge import EightBit, FourBit, MergeReport, merge_adapter
+from axolotl.utils.merge.files import fresh_folder, put_in_place
 
 LOG = get_logger(__name__)
 
@@ -155,8 +157,13 @@ def _merge_whole(cfg: DictDefault, adapter_dir: Path, output_dir: Path) -> None:
     cfg.lora_model_dir = str(adapter_dir)
     tokenizer = load_tokenizer(cfg)
     model, _ = ModelLoader(cfg, tokenizer, inference=True).load()
-    model.merge_and_unload(progressbar=True).save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    aside = fresh_folder(output_dir, "partial")
+    try:
+        model.merge_and_unload(progressbar=True).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        put_in_place(aside, output_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     LOG.info(f"merged with `merge_method: legacy` into {output_dir}; logits were not compared")
 
 

@@ -31,6 +31,11 @@ def own_process() -> None:
     _Process.is_ours = True
 
 
+def is_own_process() -> bool:
+    """Whether this process is a command's own, and no program's that imports this package."""
+    return _Process.is_ours
+
+
 def end_process(code: int) -> NoReturn:
     """End a process that is a command's own, with its exit code.
 

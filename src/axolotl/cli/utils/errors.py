@@ -7,11 +7,14 @@ the user can do something about are put into words here. Anything else is one li
 
 from __future__ import annotations
 
+import atexit
 import errno
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -19,21 +22,41 @@ from pathlib import Path
 import click
 
 from axolotl.exceptions import AxolotlError, ConfigError
+from axolotl.utils.garbage import is_own_process
+from axolotl.utils.processes import SAME_WISH_SECONDS, STOP_SIGNALS
 
 MOST_PROBLEMS = 40  # of a config, that are listed
 
-INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
-TERMINATED = 143  # the same for SIGTERM
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same way out as Ctrl-C, so that what is half-written is cleaned up."""
+    """Another signal of `STOP_SIGNALS`, on the same way out as Ctrl-C, so that what is half-written is cleaned up.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(number)
+        self.number = number
+
+
+REPEAT_SECONDS = 0.01
+
+
+class _Stop:
+    """What is known of the wish to end this process."""
+
+    asked_at = -math.inf
+    is_leaving = False
 
 
 def end_cleanly_on_signals() -> None:
-    """SIGINT and SIGTERM become `KeyboardInterrupt` and `Terminated` here; forked workers leave it to their parent.
+    """Stop signals become `KeyboardInterrupt` and `Terminated` here; forked workers leave it to their parent.
 
-    While training, the trainer has a handler of its own.
+    What comes within a second of a signal is the same wish: a launcher passes on what all were sent. While training, the trainer
+    has a handler of its own.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -43,12 +66,55 @@ def end_cleanly_on_signals() -> None:
         if os.getpid() != owner:
             # A forked worker. Ctrl-C reaches it too, but it may hold a lock that its parent, who ends it, waits for.
             if number == signal.SIGTERM:
-                os._exit(TERMINATED)
+                os._exit(128 + number)
             return
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if time.monotonic() - _Stop.asked_at < SAME_WISH_SECONDS:
+            return
+        _Stop.asked_at = time.monotonic()
+        if _Stop.is_leaving:
+            os._exit(128 + number)
+        error = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        if is_own_process() and _is_importing(frame):
+            # Many a module takes an exception in an import of its own for a package that is missing, and goes on without it.
+            leave()
+            code = report_error(error)
+            atexit._run_exitfuncs()
+            os._exit(code)
+        raise error
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for number in STOP_SIGNALS:
+        # `nohup` ignores SIGHUP. A shell lets what it starts in the background ignore Ctrl-C, which may be sent on purpose.
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    if is_own_process():
+        sys.unraisablehook = _repeat_if_lost
+
+
+def leave() -> None:
+    """Nothing waits for an exception from here on: a signal ends the process at once."""
+    _Stop.is_leaving = True
+
+
+def _repeat_if_lost(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again that came where Python ignores exceptions, such as in a finalizer."""
+    error = unraisable.exc_value
+    if not isinstance(error, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    _Stop.asked_at = -math.inf
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    again = threading.Timer(REPEAT_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+    """Whether an import is under way in a stack of calls."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _OOM_REMEDY = (
@@ -65,8 +131,9 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
     rank = f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{rank}{explain_error(error)}", file=sys.stderr, flush=True)
-    if any(isinstance(link, Terminated) for link in _chain(error)):
-        return TERMINATED
+    for link in _chain(error):
+        if isinstance(link, Terminated):
+            return 128 + link.number
     return INTERRUPTED if _is_interrupt(error) else 1
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import huggingface_hub.errors
 import pytest
 import torch
 
-from axolotl.cli.utils.errors import INTERRUPTED, explain_error, report_error
+from axolotl.cli.utils.errors import INTERRUPTED, Terminated, explain_error, report_error
 from axolotl.exceptions import ConfigError, DatasetError
 
 
@@ -90,3 +94,85 @@ def test_exit_codes_and_ranks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert report_error(KeyboardInterrupt()) == INTERRUPTED
     assert capsys.readouterr().err == "[rank 1] Interrupted.\n"
+
+
+COMMAND = """
+import os, sys, time
+from axolotl.cli.utils.errors import end_cleanly_on_signals, leave, report_error
+from axolotl.utils.garbage import end_process, own_process
+
+def clean_up():
+    print("cleaning", flush=True)
+    time.sleep(0.3)
+    print("clean", flush=True)
+
+own_process()
+end_cleanly_on_signals()
+try:
+    {body}
+except KeyboardInterrupt as error:
+    code = report_error(error)
+    leave()
+    end_process(code)
+"""
+
+IMPORTS = """
+    try:
+        import slow
+    except BaseException:
+        slow = None  # as where a package is missing
+"""
+
+FINALIZES = """
+    class Slow:
+        def __del__(self):
+            print("ready", flush=True)
+            time.sleep(0.5)
+
+    Slow()
+    time.sleep(60)
+"""
+
+WORKS = """
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        clean_up()
+"""
+
+
+def start_command(folder: Path, body: str) -> subprocess.Popen:
+    (folder / "slow.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    (folder / "command.py").write_text(COMMAND.format(body=body.strip()))
+    process = subprocess.Popen(
+        [sys.executable, "command.py"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("body", "number"),
+    [(IMPORTS, signal.SIGINT), (IMPORTS, signal.SIGHUP), (FINALIZES, signal.SIGTERM)],
+    ids=["import, SIGINT", "import, SIGHUP", "finalizer, SIGTERM"],
+)
+def test_a_signal_is_not_lost_where_exceptions_are(body, number, tmp_path):
+    process = start_command(tmp_path, body)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "Interrupted.\n")
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_that_is_passed_on_does_not_disturb_the_cleaning_up(tmp_path):
+    process = start_command(tmp_path, WORKS)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("clean\n", "Interrupted.\n")
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_the_exit_code_tells_the_signal():
+    assert report_error(Terminated(signal.SIGHUP)) == 128 + signal.SIGHUP

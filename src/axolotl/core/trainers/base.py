@@ -52,7 +52,7 @@ class AxolotlTrainer(
 
     # Which class overrides which method of Trainer. No method has two owners.
     OWNERS: dict[str, tuple[str, ...]] = {
-        "PackingMixin": ("_get_train_sampler", "get_train_dataloader", "get_eval_dataloader"),
+        "PackingMixin": ("_get_train_sampler", "_get_dataloader", "get_train_dataloader", "get_eval_dataloader"),
         "SchedulerMixin": ("create_scheduler",),
         "OptimizerMixin": ("create_optimizer", "save_model", "_load_best_model"),
         "RngLoaderMixin": ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_callback_state"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from accelerate.data_loader import DataLoaderAdapter
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import Trainer
@@ -102,6 +103,14 @@ class PackingMixin(Trainer):
         loader = self._build_dataloader(dataset, batches, collator, "Evaluation")
         if args.dataloader_persistent_workers:
             self.eval_loaders[id(dataset)] = loader
+        return loader
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The loaders that transformers builds, with workers that leave signals to this process."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        # What accelerate puts around a loader starts the workers of the one within.
+        plain: Any = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+        plain.worker_init_fn = partial(init_worker, then=plain.worker_init_fn)
         return loader
 
     def _leaves_batches_to_accelerate(self) -> bool:
