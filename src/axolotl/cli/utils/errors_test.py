@@ -97,7 +97,8 @@ def test_exit_codes_and_ranks(capsys, monkeypatch):
 
 
 COMMAND = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below `nohup`, which ignores it
 from axolotl.cli.utils.errors import end_cleanly_on_signals, leave, report_error
 from axolotl.utils.garbage import end_process, own_process
 
