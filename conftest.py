@@ -50,6 +50,11 @@ class SetAside:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Before the first test of a file, and after one that has imported much."""
         if item.path != self.file or len(sys.modules) > self.num_modules + self.MANY_MODULES:
+            if item.path != self.file:
+                # A fixture of a whole file may have run a command, which keeps what is logged from going on to pytest.
+                logger = logging.getLogger("axolotl")
+                logger.handlers[:], logger.propagate = [], True
+                logger.setLevel(logging.NOTSET)
             self.file, self.num_modules = item.path, len(sys.modules)
             gc.collect()
             set_aside()
