@@ -15,14 +15,15 @@ from tests.integration.training_runs import make_trainer, steps_of
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def make(folder, **args):
-    length = 32  # of all rows: models of transformers look into the masks of padded ones
-    ids = torch.randint(5, 384, (48, length), generator=torch.Generator().manual_seed(0)).tolist()
+def make(folder, *, padded=False, **args):
+    lengths = [32 - (number % 7 if padded else 0) for number in range(48)]
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 384, (length,), generator=generator).tolist() for length in lengths]
     rows = {
         "input_ids": ids,
         "labels": ids,
-        "attention_mask": [[1] * length] * 48,
-        "position_ids": [list(range(length))] * 48,
+        "attention_mask": [[1] * length for length in lengths],
+        "position_ids": [list(range(length)) for length in lengths],
     }
     trainer = make_trainer(
         folder,
@@ -43,9 +44,10 @@ def make(folder, **args):
     return trainer
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("lora", [None, {}])
-def test_nothing_waits_for_the_gpu_but_the_one_read_of_a_step(tmp_path, lora):
-    trainer = make(tmp_path, lora=lora)
+def test_nothing_waits_for_the_gpu_but_the_one_read_of_a_step(tmp_path, lora, padded):
+    trainer = make(tmp_path, lora=lora, padded=padded)
     said: list[str] = []
 
     class Listens(TrainerCallback):

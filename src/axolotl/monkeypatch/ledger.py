@@ -203,8 +203,10 @@ LEDGER: tuple[Patch, ...] = (
     Patch(
         name="documents in masks",
         what="registers mask builders for sdpa, eager and flex_attention that add one condition to those of transformers",
-        why="transformers forgets packed documents when a batch has a mask or a cache, and some models never tell it positions",
-        until="every model of transformers hands position_ids to its masks, and they are read beside an attention mask",
+        why="transformers forgets packed documents when a batch has a mask or a cache, and some models never tell it positions; "
+        "and it asks the GPU for each mask whether rows are padded",
+        until="every model of transformers hands position_ids to its masks, they are read beside an attention mask, and padding "
+        "can be told",
         stage="pre_model_load",
         condition=_always,
         apply=lambda cfg, model: register_masks(),

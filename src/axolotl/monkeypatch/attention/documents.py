@@ -24,10 +24,12 @@ from transformers.masking_utils import (
     eager_mask,
     flex_attention_mask,
     packed_sequence_mask_function,
+    padding_mask_function,
     sdpa_mask,
 )
 
 from axolotl.exceptions import ModelError
+from axolotl.monkeypatch.attention.layouts import cu_seq_lens, find_layout, read_layout
 
 HOOK_MARK = "_axolotl_document_hook"
 
@@ -37,12 +39,14 @@ class Documents:
     """The documents of the batch that is being computed.
 
     Attributes:
-        ids: (B, T) int64, the same number for the tokens of one document. None where each row is one, without padding.
+        ids: (B, T) int64, the same number for the tokens of one document. None where each row is one, padding aside.
         used: whether an attention backend has asked for them.
+        is_padded: whether the rows have padding, which the mask tells.
     """
 
     ids: torch.Tensor | None
     used: bool = False
+    is_padded: bool = False
 
 
 CURRENT: ContextVar[Documents | None] = ContextVar("axolotl_documents", default=None)
@@ -53,60 +57,6 @@ def mark_used() -> None:
     documents = CURRENT.get()
     if documents is not None:
         documents.used = True
-
-
-def document_starts(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor | None, bool]:
-    """Which tokens begin a document, and whether a row holds several.
-
-    Args:
-        position_ids: (B, T) int64; a document begins where the position does not grow. A jump forward stays in the
-            document (PoSE skips positions inside one).
-        attention_mask: (B, T), 0 for padding. A run of padding is a document of its own.
-
-    Returns:
-        (B, T) bool, True in the first column, or None when every row is one document without padding, and for a document
-        with padding inside it, which borders cannot tell. Then whether documents are packed, padding aside.
-
-    Raises:
-        ModelError: packed documents, one of which has padding inside it.
-    """
-    given = position_ids if position_ids is not None else attention_mask
-    if given is None or given.shape[1] < 2:
-        return None, False
-    restarts = torch.zeros_like(given[:, 1:], dtype=torch.bool)
-    changes, torn, packed = restarts, restarts, restarts
-    if position_ids is not None:
-        restarts = packed = position_ids[:, 1:] <= position_ids[:, :-1]
-    if attention_mask is not None:
-        real = attention_mask != 0
-        earlier = real[:, :-1].cummax(dim=1).values
-        changes = real[:, 1:] != real[:, :-1]
-        torn = changes & real[:, 1:] & earlier & ~restarts
-        packed = restarts & real[:, 1:] & earlier
-    is_split, is_torn, is_packed = torch.stack([(restarts | changes).any(), torn.any(), packed.any()]).tolist()
-    if is_torn and is_packed:
-        raise ModelError(
-            "A batch has packed documents with padding inside one of them. Put padding at the end of a row."
-        )
-    if is_torn or not is_split:
-        return None, False
-    return torch.cat([torch.ones_like(restarts[:, :1]), restarts | changes], dim=1), is_packed
-
-
-def cu_seq_lens(starts: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Borders of the documents of a batch whose rows are laid end to end.
-
-    Args:
-        starts: (B, T) bool, True where a document begins; True in the first column.
-
-    Returns:
-        borders, int32 (number of documents + 1,), and the length of the longest document in tokens.
-    """
-    end = torch.full((1,), starts.numel(), dtype=torch.int64, device=starts.device)
-    borders = torch.cat([starts.reshape(-1).nonzero().squeeze(-1), end])
-    return borders.to(torch.int32), int(borders.diff().max())
 
 
 def documents_of_borders(borders: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -121,13 +71,20 @@ def documents_of_borders(borders: torch.Tensor, tokens: torch.Tensor) -> torch.T
 
 
 def _build_mask(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, one of transformers' mask builders, with the documents of the batch as one more condition."""
+    """`original`, one of transformers' mask builders, with the documents of the batch as one more condition.
+
+    Where rows are known to be padded, so is the padding: transformers would ask the GPU whether there is any.
+    """
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
         documents = CURRENT.get()
         sizes = (kwargs.get("batch_size"), kwargs.get("q_length"))
-        if documents is None or documents.ids is None:
+        if documents is None:
+            return original(*args, **kwargs)
+        if documents.is_padded:
+            return original(*args, **_with_padding(kwargs))
+        if documents.ids is None:
             return original(*args, **kwargs)
         if sizes != tuple(documents.ids.shape) or kwargs.get("kv_length") != sizes[1]:
             return original(*args, **kwargs)
@@ -138,6 +95,21 @@ def _build_mask(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return build
+
+
+def _with_padding(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a mask builder with the padding in its function, where a mask of all keys is given and there is no cache.
+
+    That is what a builder does itself when it has found padding. Where this mask, against expectation, has none, the result
+    is a mask written out instead of none.
+    """
+    mask, kv_length = kwargs.get("attention_mask"), kwargs.get("kv_length")
+    whole = isinstance(mask, torch.Tensor) and tuple(mask.shape) == (kwargs.get("batch_size"), kv_length)
+    if not whole or kwargs.get("q_length") != kv_length or kwargs.get("kv_offset", 0) != 0:
+        return kwargs
+    function = and_masks(kwargs.get("mask_function", causal_mask_function), padding_mask_function(mask))
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return {**kwargs, **skips, "mask_function": function, "attention_mask": None}
 
 
 MASK_BUILDERS = {
@@ -199,12 +171,22 @@ class DocumentHook:
             return None
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return None
+        if positions is not None and positions.dim() != 2:
+            return None
+        layout = find_layout(positions, mask)
         if positions is not None:
-            if positions.dim() != 2:
-                return None
             positions = positions.expand(next(_tensors(args, kwargs)).shape[0], -1)
-        starts, packed = document_starts(positions, mask)
-        if starts is None or not (packed or self.varlen):
+        if layout is None:
+            layout = read_layout(positions, mask)
+        if layout.is_torn:
+            raise ModelError(
+                "A batch has packed documents with padding inside one of them. Put padding at the end of a row."
+            )
+        starts = layout.starts
+        if starts is None or not (layout.is_packed or self.varlen):
+            if layout.is_padded:
+                self._tokens[-1] = CURRENT.set(Documents(ids=None, used=True, is_padded=True))
+                return None
             if positions is not None and mask is None and not self.varlen:
                 # Without a mask transformers would take a skipped position for the border of a document.
                 return args, {**kwargs, "attention_mask": torch.ones_like(positions)}
@@ -212,7 +194,7 @@ class DocumentHook:
         self._tokens[-1] = CURRENT.set(Documents(starts.cumsum(1)))
         if not self.varlen:
             return args, {**kwargs, "attention_mask": torch.ones_like(starts, dtype=torch.int64), "use_cache": False}
-        borders, longest = cu_seq_lens(starts)
+        borders, longest = layout.borders or cu_seq_lens(starts)
         told_by_borders = {
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from axolotl.exceptions import ModelError
 from axolotl.monkeypatch.attention import varlen
-from axolotl.monkeypatch.attention.documents import add_document_hook, cu_seq_lens, document_starts, register_masks
+from axolotl.monkeypatch.attention.documents import HOOK_MARK, add_document_hook, find_documents_once, register_masks
+from axolotl.monkeypatch.attention.layouts import Layout, key_of, read_batch, told_layouts
 from tests.tiny import ARCHITECTURES, make_tiny_model
 
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
@@ -135,9 +138,12 @@ def test_flex_attention_keeps_documents_apart(tmp_path: Path) -> None:
     """On a CPU flex attention has no backward pass; its loss must be right all the same."""
     make_tiny_model(tmp_path, "mistral")
     exact, flex = load(tmp_path, "eager"), load(tmp_path, "flex_attention")
-    batch = {name: value for name, value in batch_of("with a mask of ones").items() if name != "labels"}
-    with torch.no_grad():
-        torch.testing.assert_close(flex(**batch).logits, exact(**batch).logits, rtol=1e-4, atol=1e-4)
+    for form in ("with a mask of ones", "right padding"):
+        batch = {name: value for name, value in batch_of(form).items() if name != "labels"}
+        real = batch["attention_mask"] == 1  # a padded token that sees nothing is zero there, and the mean here
+        with torch.no_grad():
+            ours, expected = (model(**batch).logits[real] for model in (flex, exact))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", [varlen.NAME, "sdpa", "eager"])
@@ -210,34 +216,107 @@ def test_hooks_are_added_once(tmp_path: Path) -> None:
     assert len(model.model._forward_pre_hooks) == 1
 
 
-def test_starts_and_borders() -> None:
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
-    starts, packed = document_starts(positions, None)
-    assert packed
-    assert starts.tolist() == [[True, False, False, True, False], [True, True, False, False, False]]
-    borders, longest = cu_seq_lens(starts)
-    assert borders.tolist() == [0, 3, 5, 6, 10]
-    assert borders.dtype == torch.int32
-    assert longest == 4
+# --- batches that have been read before they were sent -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("positions", "mask", "expected"),
-    [
-        ([[0, 1, 2, 3]], None, None),
-        ([[0, 1, 5, 6]], None, None),
-        (None, [[1, 1, 1, 1]], None),
-        (None, [[1, 1, 0, 0]], [[True, False, True, False]]),
-        (None, [[0, 0, 1, 1]], [[True, False, True, False]]),
-        (None, [[1, 0, 1, 1]], None),
-        ([[0, 1, 0, 1]], [[1, 1, 1, 0]], [[True, False, True, True]]),
-    ],
-)
-def test_starts_of_padded_rows(positions, mask, expected) -> None:
-    starts, _ = document_starts(*(None if value is None else torch.tensor(value) for value in (positions, mask)))
-    assert (None if starts is None else starts.tolist()) == expected
+def sent(batch: dict[str, Any], layout: Layout | None, device: str) -> tuple[dict[str, Any], dict]:
+    """A batch on another device, and what is told of it."""
+    there = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    if layout is None:
+        return there, {}
+    starts, borders = layout.starts, layout.borders
+    moved = replace(
+        layout,
+        starts=None if starts is None else starts.to(device),
+        borders=None if borders is None else (borders[0].to(device), borders[1]),
+    )
+    return there, {key_of(there.get("position_ids"), there.get("attention_mask")): moved}
 
 
-def test_packed_documents_with_holes_are_refused() -> None:
-    with pytest.raises(ModelError, match="padding inside"):
-        document_starts(torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[1, 0, 1, 1, 1]]))
+def collated(form: str) -> dict[str, Any]:
+    """A batch as collators make it: padded rows have no positions."""
+    batch = {name: value for name, value in batch_of(form).items() if name != "labels"}
+    if form.endswith("padding"):
+        batch.pop("position_ids")
+    return batch
+
+
+COLLATED = ("one row", "two rows", "right padding", "left padding")
+
+
+@pytest.fixture
+def documents_found_once(monkeypatch):
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
+    find_documents_once()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.usefixtures("documents_found_once")
+def test_nothing_of_a_told_batch_is_read(tmp_path: Path, architecture: str, implementation: str) -> None:
+    """Tensors on the meta device have no values: whatever asked for one, and would wait for a GPU, raises."""
+    if (architecture, implementation) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no sdpa for gemma2")
+    make_tiny_model(tmp_path, architecture)
+    model = load(tmp_path, implementation).to("meta")
+    for form in COLLATED:
+        batch = collated(form)
+        there, told = sent(batch, read_batch(batch), "meta")
+        with told_layouts(told):
+            model(**there)
+        with pytest.raises(NotImplementedError):
+            model(**there)
+
+
+def test_nothing_of_a_told_batch_is_read_for_borders(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "llama")
+    model = load(tmp_path, varlen.NAME)
+    hook = getattr(model, HOOK_MARK)
+    for form in COLLATED:
+        batch = collated(form)
+        _, expected = hook.before(model, (), batch)
+        hook.after(model, (), None)
+        there, told = sent(batch, read_batch(batch), "meta")
+        with told_layouts(told):
+            _, kwargs = hook.before(model, (), there)
+        hook.after(model, (), None)
+        assert kwargs["max_length_q"] == expected["max_length_q"]
+        assert kwargs["cu_seq_lens_q"].shape == expected["cu_seq_lens_q"].shape
+        assert kwargs["attention_mask"] is None
+        with told_layouts(sent(batch, read_batch(batch), "cpu")[1]):
+            _, kwargs = hook.before(model, (), batch)
+        hook.after(model, (), None)
+        assert torch.equal(kwargs["cu_seq_lens_q"], expected["cu_seq_lens_q"])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["right padding", "left padding", "rows of padding", "padding inside"])
+@pytest.mark.usefixtures("documents_found_once")
+def test_padded_rows_are_computed_as_transformers_computes_them(alone, implementation: str, form: str) -> None:
+    architecture, folder, _, _ = alone
+    if architecture in ("gemma2", "gpt_oss") and implementation == "sdpa":
+        pytest.skip(f"transformers has no sdpa for {architecture}")
+    batch = collated(form if form.endswith("padding") else "right padding")
+    if form == "rows of padding":
+        batch["attention_mask"][-1] = 0
+    if form == "padding inside":
+        batch["attention_mask"][0, 3:5] = 0
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, dtype=torch.float32)
+    expected = plain.train()(**batch).logits
+    model = load(folder, implementation)
+    assert torch.equal(model(**batch).logits, expected)
+    with told_layouts(sent(batch, read_batch(batch), "cpu")[1]):
+        assert torch.equal(model(**batch).logits, expected)
+        model.config.use_cache = True
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_mask_of_the_models_own_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Where the batch is padded and the model asks for a mask without padding, the mask is written out and right."""
+    make_tiny_model(tmp_path, "mistral", sliding_window=8)
+    model = load(tmp_path, "sdpa")
+    batch = collated("right padding")
+    whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    expected = model(**whole).logits
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **whole}), with_kwargs=True)
+    torch.testing.assert_close(model(**batch).logits, expected)

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,15 +22,11 @@ from axolotl.core.trainers.causal_loss import (
     shift_labels,
 )
 from axolotl.kernels.cross_entropy import find_kept_rows
+from axolotl.monkeypatch.attention.layouts import Identity, Key, Layout, identity, key_of, read_batch
 from axolotl.utils.data.bins import BinDataset, CollateEmpty, EmptyBatch
 
 OWN_COLLATORS = "axolotl.utils.collators."
 """Where the collators are that draw no random numbers."""
-
-
-def identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """Tells a tensor from others that are alive, and from itself before it was written to."""
-    return id(tensor), tensor._version
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class StepBatches:
         has_labels: whether there are labels to count.
         kept_rows: rows with a label, by the tensor of labels.
         full_masks: attention masks that mask nothing.
+        layouts: documents and padding of the batches, for their positions and masks.
     """
 
     loaded: list[Any]
@@ -52,8 +49,9 @@ class StepBatches:
     counts: torch.Tensor
     counts_there: torch.Tensor
     has_labels: bool
-    kept_rows: dict[tuple[int, int], torch.Tensor]
-    full_masks: set[tuple[int, int]]
+    kept_rows: dict[Identity, torch.Tensor]
+    full_masks: set[Identity]
+    layouts: dict[Key, Layout]
 
 
 class StepBatchesMixin(Trainer):
@@ -77,8 +75,9 @@ class StepBatchesMixin(Trainer):
         self.step_loss = torch.zeros((), device=self.args.device)
         self._step_began = time.perf_counter()
         self._step_sums = torch.zeros(2, dtype=torch.int64)
-        self._kept_rows: dict[tuple[int, int], torch.Tensor] = {}
-        self._full_masks: set[tuple[int, int]] = set()
+        self._kept_rows: dict[Identity, torch.Tensor] = {}
+        self._full_masks: set[Identity] = set()
+        self._layouts: dict[Key, Layout] = {}
         # Of the next step: where it is loaded from, how many micro-batches are left there, and what has been loaded.
         self._ahead: HostLoader | None = None  # None where steps are not loaded ahead
         self._epoch_iterator: Iterator[Any] | None = None
@@ -106,7 +105,7 @@ class StepBatchesMixin(Trainer):
         self._epoch_iterator = epoch_iterator
         self._batches_left -= num_batches
         self.step_batches = step.batches
-        self._kept_rows, self._full_masks = step.kept_rows, step.full_masks
+        self._kept_rows, self._full_masks, self._layouts = step.kept_rows, step.full_masks, step.layouts
         self.step_loss = torch.zeros((), device=device)
         return step.batches, self._count_over_ranks(step)
 
@@ -165,7 +164,9 @@ class StepBatchesMixin(Trainer):
         kept = [find_kept_rows(shift_labels(batch)) if "labels" in batch else None for batch in batches]
         full = self._find_full_masks(batches)
         has_labels = bool(batches) and "labels" in batches[0]
-        batches, kept, counts_there = self._send([batches, kept, counts], device)
+        layouts = [read_batch(batch) for batch in batches]
+        parts = [layout and (layout.starts, layout.borders) for layout in layouts]
+        batches, kept, counts_there, parts = self._send([batches, kept, counts, parts], device)
         return StepBatches(
             loaded,
             batches,
@@ -174,6 +175,13 @@ class StepBatchesMixin(Trainer):
             has_labels,
             {identity(batch["labels"]): rows for batch, rows in zip(batches, kept, strict=True) if rows is not None},
             {identity(batch["attention_mask"]) for batch, is_full in zip(batches, full, strict=True) if is_full},
+            {
+                key_of(batch.get("position_ids"), batch.get("attention_mask")): replace(
+                    layout, starts=part[0], borders=part[1]
+                )
+                for batch, layout, part in zip(batches, layouts, parts, strict=True)
+                if layout is not None
+            },
         )
 
     def _count_over_ranks(self, step: StepBatches) -> torch.Tensor | None:

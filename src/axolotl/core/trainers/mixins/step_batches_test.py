@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainerCallback, masking_utils
 
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.gradient_sums import MAX_SHARE
+from axolotl.core.trainers.mixins import step_batches
 from axolotl.core.trainers.utils import HostValues
+from axolotl.monkeypatch.attention.documents import add_document_hook, find_documents_once, register_masks
 from axolotl.utils.collators.batching import DataCollatorForSeq2Seq
 from axolotl.utils.data.bins import BinDataset
 from tests.integration.training_runs import make_rows, make_trainer, run_on_ranks, steps_of
@@ -275,3 +278,69 @@ def test_values_are_read_once_and_anew_when_they_have_changed():
     values.receive()
     counts[1] = 4
     assert values.of(counts) == [2**40 + 1, 4]
+
+
+READS = {
+    "__bool__",
+    "__contains__",
+    "__float__",
+    "__index__",
+    "__int__",
+    "cpu",
+    "equal",
+    "is_nonzero",
+    "item",
+    "nonzero",
+}
+READS |= {"numpy", "to_list", "tolist", "unique"}
+
+
+class Reads(TorchFunctionMode):
+    """What asks tensors for their values, for which a CPU would wait for its GPU."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READS:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+def test_no_value_is_read_between_the_batch_and_its_gradients(tmp_path, monkeypatch, attention, packed, lora):
+    def run_once(folder, hooked):
+        config = {"sliding_window": 8, "attn_implementation": attention}
+        trainer = make_trainer(
+            folder, architecture="mistral", model_config=config, lora=lora, packed=packed, max_steps=4,
+            per_device_train_batch_size=3 if not packed else 1, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        base = trainer.model.get_base_model() if lora is not None else trainer.model
+        for model in dict.fromkeys((base, trainer.model)) if hooked else ():
+            add_document_hook(model, varlen=False)
+        found = []
+        training_step = trainer.training_step
+
+        def watched(*args, **kwargs):
+            if trainer.state.global_step == 0:  # at the first batch the output head is found
+                return training_step(*args, **kwargs)
+            with Reads(found):
+                return training_step(*args, **kwargs)
+
+        trainer.training_step = watched
+        trainer.train()
+        return steps_of(trainer), found
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
+    plain, _ = run_once(tmp_path / "plain", hooked=False)
+    register_masks()
+    find_documents_once()
+    told, found = run_once(tmp_path / "told", hooked=True)
+    assert found == []
+    monkeypatch.setattr(step_batches, "read_batch", lambda batch: None)
+    untold, found = run_once(tmp_path / "untold", hooked=True)
+    assert "tolist" in found, "the test sees what it looks for"
+    assert told == untold == plain

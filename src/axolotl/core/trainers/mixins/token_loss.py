@@ -22,11 +22,12 @@ from axolotl.core.trainers.causal_loss import (
     shift_labels,
 )
 from axolotl.core.trainers.gradient_sums import adds_gradients_at_once
-from axolotl.core.trainers.mixins.step_batches import StepBatchesMixin, identity
+from axolotl.core.trainers.mixins.step_batches import StepBatchesMixin
 from axolotl.core.trainers.utils import HostValues, float64_device, kept_random_state
 from axolotl.exceptions import ConfigError
 from axolotl.kernels.cross_entropy import TokenLoss
 from axolotl.loaders.utils import plain_model
+from axolotl.monkeypatch.attention.layouts import identity, told_layouts
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger(__name__)
@@ -85,7 +86,8 @@ class TokenLossMixin(StepBatchesMixin):
         alone = self.accelerator.distributed_type == DistributedType.NO
         unseen = type(self).compute_loss is TokenLossMixin.compute_loss  # another one may look at the gradients so far
         # At the first micro-batch of a step the GPU waits, and there are no gradients yet.
-        with adds_gradients_at_once(model) if alone and unseen and self.step_losses else nullcontext():
+        at_once = adds_gradients_at_once(model) if alone and unseen and self.step_losses else nullcontext()
+        with at_once, told_layouts(self._layouts):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_losses.append(loss)
         self.step_loss = self.step_loss + loss.to(self.step_loss.device)
