@@ -1,27 +1,42 @@
-"""One thread a process, so that sums of floats are added up in one order everywhere, and no network."""
+"""One thread a process, so that sums of floats are added up in one order everywhere, and no network.
+
+Every process of the tests imports this checkout, also where the package is installed as a copy of it.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For the processes that this one starts; for itself it is `pythonpath` of pyproject.toml.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        str(Path(__file__).resolve().parent / "src"),
+        str(Path(__file__).resolve().parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1"  # servers of tests
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from axolotl.utils.garbage import give_back, set_aside
+from axolotl.utils.processes import STOP_SIGNALS
 
 # The same examples in every run, so that a failure is always of the change; `HYPOTHESIS_PROFILE=random` searches further.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("random")
+# How long one takes says more of the machine than of the code.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
@@ -77,3 +92,16 @@ def _logging_as_before() -> Iterator[None]:
         logger.handlers[:] = handlers
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before() -> Iterator[None]:
+    """A command sets variables and handlers of signals for its process. The next test finds, and its children inherit, none."""
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,17 +29,18 @@ def test_help_loads_nothing_heavy():
 
 
 def test_help_is_quick():
-    """Median under 100 ms on an idle two-core machine; the bound here leaves room for a busy one."""
+    """Under 100 ms of a processor, which others that want it change little; a slow one slows down the bare interpreter, too."""
     bare, ours = [], []
     for _ in range(5):
         for timings, command in (
             (bare, [sys.executable, "-c", "import click"]),
             (ours, [sys.executable, "-m", "axolotl.cli.main", "--help"]),
         ):
-            start = time.perf_counter()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(command, capture_output=True, check=True)
-            timings.append(time.perf_counter() - start)
-    assert statistics.median(ours) < 2.5 * statistics.median(bare) + 0.05
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            timings.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(ours) < 2.5 * min(bare) + 0.05
 
 
 NOT_FOR_ROWS = (

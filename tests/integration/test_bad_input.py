@@ -478,7 +478,7 @@ def test_a_normal_run_says_nothing_that_a_library_muttered(desk):
     desk.run("preprocess", "c.yml")  # writes the config file
     # A process of its own: libraries mutter while they are imported.
     command = [sys.executable, "-m", "axolotl.cli.main", "train", "c.yml"]
-    done = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, timeout=500)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     for noise in ("Failed to load", "FutureWarning", "it/s]", "examples/s]", "_pytree"):

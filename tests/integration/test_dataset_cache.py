@@ -22,7 +22,7 @@ from axolotl.utils.data.fingerprint import CONFIG_KEYS, NOT_IN_ROWS, WatchedConf
 from axolotl.utils.data.sft import build_rows, prepare
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.datasets import SFTDataset
-from tests.integration.training_runs import RANKS, CommandLine
+from tests.integration.training_runs import CommandLine, start_process
 from tests.tiny import CHATML, make_tiny_base, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,10 +185,10 @@ def test_a_strategy_of_ones_own_may_read_any_key(tmp_path, monkeypatch, tokenize
     cfg = config(tmp_path, "completion", lora_r=8, learning_rate=1)
     cfg.datasets[0]["type"] = "reads_of_cache_test.strategy"
 
-    def stamp(**changes: Any) -> int:
+    def stamp(**changes: Any) -> bytes:
         prepare(DictDefault({**cfg, **changes}), tokenizer)
         (folder,) = folders(cfg)
-        return (Path(cfg.dataset_prepared_path) / folder / MARKER).stat().st_mtime_ns
+        return marker_of(Path(cfg.dataset_prepared_path) / folder)
 
     first = stamp()
     assert stamp(learning_rate=2) == first
@@ -273,6 +273,14 @@ def test_killed_at_any_moment(desk):
     assert load_from_disk(str(made))[:] == load_from_disk(str(expected))[:]
 
 
+def marker_of(folder: Path) -> bytes:
+    """What tells one making of the rows from the next; nothing while one takes the place of the other."""
+    try:
+        return (folder / MARKER).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def prepare_again_and_again(folder: Path) -> None:
     os.environ["AXOLOTL_IS_PREPROCESS"] = "1"  # build anew what is there
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -286,14 +294,11 @@ def test_killed_while_rows_take_the_place_of_others(tmp_path, tokenizer):
     cfg, rng = config(tmp_path), random.Random(2)
     expected = prepare(cfg, tokenizer).train[:]
     (folder,) = (Path(cfg.dataset_prepared_path) / name for name in folders(cfg))
-    first = (folder / MARKER).read_bytes()
+    first = marker_of(folder)
     for _ in range(8):
-        process = RANKS.Process(target=prepare_again_and_again, args=(tmp_path,))
-        process.start()
-        deadline = time.monotonic() + 60
-        while (
-            not (folder / MARKER).exists() or (folder / MARKER).read_bytes() == first
-        ) and time.monotonic() < deadline:
+        process = start_process(prepare_again_and_again, tmp_path)
+        deadline = time.monotonic() + 300
+        while marker_of(folder) in (b"", first) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
@@ -307,14 +312,13 @@ def test_rows_that_are_made_anew_can_be_opened_meanwhile(tmp_path, tokenizer, ca
     cfg = config(tmp_path)
     expected = prepare(cfg, tokenizer).train[:]
     (folder,) = (Path(cfg.dataset_prepared_path) / name for name in folders(cfg))
-    process = RANKS.Process(target=prepare_again_and_again, args=(tmp_path,))
-    process.start()
+    process = start_process(prepare_again_and_again, tmp_path)
     try:
-        markers, deadline = set(), time.monotonic() + 60
+        markers, deadline = set(), time.monotonic() + 300
         while len(markers) < 20 and time.monotonic() < deadline:
             found = load_prepared(folder)
             assert found is None or found[0][:] == expected
-            markers.add((folder / MARKER).read_bytes() if found and (folder / MARKER).exists() else b"")
+            markers.add(marker_of(folder))
     finally:
         process.kill()
         process.join()

@@ -6,7 +6,9 @@ import gzip
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from axolotl.cli.main import main
 from axolotl.core.checkpoint import list_checkpoints
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.data.streaming import prepare_streaming_dataset, wrap_streaming_dataset
 from axolotl.utils.dict import DictDefault
 from tests.integration.object_store import serving_s3
@@ -80,8 +84,22 @@ def run(folder: Path, path: Path, num_ranks: int = 1) -> str:
     return start(folder, path, num_ranks).finish()
 
 
-def start(folder: Path, path: Path, num_ranks: int = 1) -> CommandLine:
-    return CommandLine("train", path.name, "--launcher", "python", folder=folder, num_ranks=num_ranks)
+def start(folder: Path, path: Path, num_ranks: int = 1, program: Callable[[list[str]], Any] = main) -> CommandLine:
+    command = ("train", path.name, "--launcher", "python")
+    return CommandLine(*command, folder=folder, num_ranks=num_ranks, program=program)
+
+
+def waits_to_be_killed(arguments: list[str]) -> None:
+    """`axolotl`, which comes no further than into the step after its first checkpoint."""
+    training_step = AxolotlTrainer.training_step
+
+    def waiting(self, *args, **kwargs):
+        if list_checkpoints(Path(self.args.output_dir)):
+            time.sleep(600)
+        return training_step(self, *args, **kwargs)
+
+    AxolotlTrainer.training_step = waiting
+    main(arguments)
 
 
 def result(folder: Path, name: str) -> tuple[list, dict]:
@@ -183,7 +201,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(folder, request, form, keys):
     name = request.node.callspec.id
     run(folder, config(folder, f"{name}-whole", form, **keys))
     path = config(folder, f"{name}-killed", form, **keys)
-    process = start(folder, path)
+    process = start(folder, path, program=waits_to_be_killed)
     deadline = time.monotonic() + 240
     while not list_checkpoints(folder / f"{name}-killed"):
         assert not process.ended(), process.output()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -393,17 +394,19 @@ def test_trackio(config, tmp_path):
 
 
 def scrape(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=60) as answer:
         lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     return {name.partition("{")[0]: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 @pytest.fixture
 def free_port():
+    """Below those that systems give to who asks for any, so that nobody else gets it meanwhile."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
+    raise AssertionError("a hundred ports in use")
 
 
 def test_prometheus_reads_a_run_while_it_goes(config, at_step, free_port):
@@ -439,11 +442,13 @@ def test_the_endpoint_closes_when_a_run_fails_and_opens_again(config, at_step, f
     assert seen["axolotl_global_step"] == 4
 
 
-def test_a_port_in_use_is_an_error_before_the_model_is_loaded(config, free_port):
-    with socket.create_server(("localhost", free_port)):
-        cfg = config(use_otel_metrics=True, otel_metrics_port=free_port)
+def test_a_port_in_use_is_an_error_before_the_model_is_loaded(config):
+    pytest.importorskip("opentelemetry.exporter.prometheus")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        cfg = config(use_otel_metrics=True, otel_metrics_port=port)
         cfg["base_model"] = "/nowhere/at/all"  # never reached
-        with pytest.raises(ConfigError, match=rf"`otel_metrics_port: {free_port}` cannot.*otel_metrics_port: 0"):
+        with pytest.raises(ConfigError, match=rf"`otel_metrics_port: {port}` cannot.*otel_metrics_port: 0"):
             train(cfg=cfg, dataset_meta=None)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
 import random
-import socket
 import sys
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -122,9 +124,9 @@ def evaluations_of(trainer: AxolotlTrainer) -> list[float]:
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-# Processes are forked from one that has imported the package, and that has no threads and no CUDA context.
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload([__name__, "axolotl.cli.preprocess", "axolotl.train", "axolotl.core.builders.causal"])
+# Processes are forked from one that has imported the package, and that has no threads of ours and no CUDA context.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__, "axolotl.cli.preprocess", "axolotl.train", "axolotl.core.builders.causal"])
 
 
 @atexit.register
@@ -138,61 +140,47 @@ def _end_ranks() -> None:
     forkserver._forkserver._stop()
 
 
-def _become_a_process_of_its_own() -> None:
+ROOT = Path(__file__).resolve().parents[2]
+HANG_SECONDS = 240  # well below what a test may take; a rank that needs longer waits for what does not come
+
+
+def start_process(target: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that runs a function of a module, forked from the one that has imported the package."""
+    with contextlib.chdir(ROOT):  # where that one looks for `tests`, whichever folder a test is in
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=_as_a_process_of_its_own, args=(dict(os.environ), target, *arguments))
+    process.start()
+    return process
+
+
+def _as_a_process_of_its_own(environment: dict[str, str], target: Callable[..., Any], *arguments: Any) -> None:
     """Do as a process that a launcher starts, but for ending with the tests: its workers are forked from itself."""
     set_aside()  # a collection would look at (and copy) all that was imported
     end_with_parent()
     multiprocessing.set_start_method("fork", force=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What a launcher sets for each process of a group."""
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    return {key: str(value) for key, value in group.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _command_line(
-    program: Callable[[list[str]], Any],
-    arguments: tuple[str, ...],
-    folder: Path,
-    environment: dict[str, str],
-    output: Path,
-) -> None:
-    _become_a_process_of_its_own()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.chdir(folder)
+    os.environ.clear()  # it is that of the first test that started a process
     os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = ["axolotl", *arguments]
-    program(list(arguments))
+    target(*arguments)
 
 
-class CommandLine:
-    """`axolotl ARGUMENTS` in processes of its own, without the seconds that importing takes.
+class Ranks:
+    """A group of processes as a launcher makes it, each printing to a file.
+
+    This process keeps the store that they meet at, so that the port is nobody else's from its choice to the end.
 
     Args:
-        arguments: the command and what follows it.
-        folder: where it is run.
-        num_ranks: with more than one, a group of processes as a launcher makes it.
-        program: what is run in the place of `axolotl`, a function of a module.
+        target: what each runs, a function of a module.
+        arguments: what it is called with on each rank.
+        outputs: the file of each rank.
     """
 
-    def __init__(self, *arguments: str, folder: Path, num_ranks: int = 1, program: Callable[[list[str]], Any] = main):
-        port, self.processes, self.outputs = _free_port(), [], []
-        for rank in range(num_ranks):
-            environment = _rank_environment(rank, num_ranks, port) if num_ranks > 1 else {}
-            self.outputs.append(folder / f".output-{uuid.uuid4()}.txt")
-            given = (program, arguments, folder, environment, self.outputs[-1])
-            self.processes.append(RANKS.Process(target=_command_line, args=given))
-            self.processes[-1].start()
+    def __init__(self, target: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], outputs: Sequence[Path]):
+        self.outputs, num_ranks = outputs, len(outputs)
+        self.store = Store() if num_ranks > 1 else None
+        self.processes = []
+        for rank, (given, output) in enumerate(zip(arguments, outputs, strict=True)):
+            environment = self.store.environment(rank, num_ranks) if self.store else {}
+            self.processes.append(start_process(_print_to, output, environment, target, *given))
 
     def ended(self) -> bool:
         return all(process.exitcode is not None for process in self.processes)
@@ -208,19 +196,63 @@ class CommandLine:
         """What the processes have printed."""
         return "\n".join(output.read_text() for output in self.outputs if output.exists())
 
-    def finish(self, timeout: float = 300) -> str:
+    def finish(self, timeout: float = HANG_SECONDS + 20) -> str:
         """Wait for the end, which must be a good one, and return the output."""
+        end = time.monotonic() + timeout
         for process in self.processes:
-            process.join(timeout)
+            process.join(max(0, end - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         self.kill()
-        assert not any(code is None or code for code in codes), f"{codes}\n{self.output()}"
+        assert not any(code is None or code for code in codes), f"exit codes {codes}\n{self.output()}"
         return self.output()
 
 
-def _run_on_rank(function: Callable[[Path], Any], folder: Path, port: int, rank: int, num_ranks: int) -> None:
-    _become_a_process_of_its_own()
-    os.environ.update(_rank_environment(rank, num_ranks, port))
+class Store:
+    """What ranks meet at, in this process, as that of a launcher."""
+
+    def __init__(self) -> None:
+        self._server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def environment(self, rank: int, num_ranks: int) -> dict[str, str]:
+        """What a launcher sets for each process of a group."""
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._server.port}
+        kept_here = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        return {key: str(value) for key, value in (group | place | kept_here).items()}
+
+
+def _print_to(output: Path, environment: Mapping[str, str], target: Callable[..., Any], *arguments: Any) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    faulthandler.dump_traceback_later(HANG_SECONDS)
+    os.environ.update(environment)
+    target(*arguments)
+
+
+def _command_line(program: Callable[[list[str]], Any], arguments: tuple[str, ...], folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv = ["axolotl", *arguments]
+    program(list(arguments))
+
+
+class CommandLine(Ranks):
+    """`axolotl ARGUMENTS` in processes of its own, without the seconds that importing takes.
+
+    Args:
+        arguments: the command and what follows it.
+        folder: where it is run.
+        num_ranks: with more than one, a group of processes as a launcher makes it.
+        program: what is run in the place of `axolotl`, a function of a module.
+    """
+
+    def __init__(self, *arguments: str, folder: Path, num_ranks: int = 1, program: Callable[[list[str]], Any] = main):
+        outputs = [folder / f".output-{uuid.uuid4()}.txt" for _ in range(num_ranks)]
+        super().__init__(_command_line, [(program, arguments, folder)] * num_ranks, outputs)
+
+
+def _run_on_rank(function: Callable[[Path], Any], folder: Path) -> None:
     result = json.dumps(function(folder))
     (folder / "result.json").write_text(result)
     torch.distributed.destroy_process_group()
@@ -232,17 +264,12 @@ def run_on_ranks(function: Callable[[Path], Any], folder: Path, num_ranks: int =
     Returns:
         What the function returned on the first rank, by way of JSON.
     """
-    port, processes = _free_port(), []
-    for rank in range(num_ranks):
-        (folder / f"rank{rank}").mkdir(parents=True)
-        arguments = (function, folder / f"rank{rank}", port, rank, num_ranks)
-        processes.append(RANKS.Process(target=_run_on_rank, args=arguments))
-        processes[-1].start()
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * num_ranks
-    return json.loads((folder / "rank0" / "result.json").read_text())
+    folders = [folder / f"rank{rank}" for rank in range(num_ranks)]
+    for rank_folder in folders:
+        rank_folder.mkdir(parents=True)
+    outputs = [rank_folder / "output.txt" for rank_folder in folders]
+    Ranks(_run_on_rank, [(function, rank_folder) for rank_folder in folders], outputs).finish()
+    return json.loads((folders[0] / "result.json").read_text())
 
 
 def weights_of(trainer: AxolotlTrainer) -> dict[str, torch.Tensor]:

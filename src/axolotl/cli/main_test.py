@@ -3,10 +3,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import statistics
+import resource
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -21,7 +20,7 @@ HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "numpy")
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, **kwargs
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240, **kwargs
     )
 
 
@@ -42,19 +41,17 @@ def test_the_door_is_light(what):
 
 
 def test_help_answers_at_once():
-    def seconds() -> float:
-        start = time.perf_counter()
-        run_python("import sys; from axolotl.cli.main import main; main(['--help'])")
-        return time.perf_counter() - start
+    def seconds(code: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python(code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    def bare_seconds() -> float:
-        start = time.perf_counter()
-        run_python("import click")
-        return time.perf_counter() - start
-
-    # On an idle machine the whole process takes under 0.1 s; a busy one slows down the bare interpreter just as much.
-    own = statistics.median(seconds() for _ in range(7))
-    assert own < max(0.1, 2 * statistics.median(bare_seconds() for _ in range(7)))
+    # Of a processor, which others that want it change little. A slow machine slows down the bare interpreter just as much.
+    command = "import sys; from axolotl.cli.main import main; main(['--help'])"
+    pairs = [(seconds(command), seconds("import click")) for _ in range(7)]
+    own, bare = (min(times) for times in zip(*pairs, strict=True))
+    assert own < max(0.1, 2 * bare)
 
 
 def test_every_command_is_listed_and_helps():
@@ -143,7 +140,7 @@ def test_train_help_lists_the_keys_by_group():
     assert "Tracking:\n  --wandb-name" in output
 
 
-def test_a_package_adds_a_command_but_cannot_shadow_one(tmp_path):
+def test_a_package_adds_a_command_but_cannot_shadow_one(tmp_path, monkeypatch):
     folder = tmp_path / "extra-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
@@ -153,9 +150,9 @@ def test_a_package_adds_a_command_but_cannot_shadow_one(tmp_path):
     (tmp_path / "extra_cmd.py").write_text(
         "import click\n@click.command()\ndef hello():\n    click.echo('hello there')\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     code = "import axolotl.cli.main as m; m.run(['--help']); m.run(['hello']); m.run(['train', '--help'])"
-    output = run_python(code, env=env).stdout
+    output = run_python(code).stdout
     assert "From extra_cmd." in output
     assert "hello there" in output
     assert "Train or fine-tune a model." in output.split("hello there")[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,12 +10,7 @@ import textwrap
 import pytest
 
 from axolotl.utils import distributed
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.integration.training_runs import Store
 
 
 def run_on_two_ranks(code: str, tmp_path) -> list[subprocess.CompletedProcess]:
@@ -30,17 +24,12 @@ def run_on_two_ranks(code: str, tmp_path) -> list[subprocess.CompletedProcess]:
         assert distributed.is_distributed() and distributed.get_world_size() == 2
     """
     script.write_text(textwrap.dedent(prelude) + textwrap.dedent(code) + "\ndistributed.cleanup_distributed()\n")
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
+    store = Store()
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, script],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"},
+            env=shared | store.environment(rank, 2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -50,7 +39,7 @@ def run_on_two_ranks(code: str, tmp_path) -> list[subprocess.CompletedProcess]:
     results = []
     for process in ranks:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         finally:
             process.kill()
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))

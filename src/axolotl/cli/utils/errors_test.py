@@ -99,7 +99,9 @@ def test_exit_codes_and_ranks(capsys, monkeypatch):
 COMMAND = """
 import os, signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below `nohup`, which ignores it
+from axolotl.cli.utils import errors
 from axolotl.cli.utils.errors import end_cleanly_on_signals, leave, report_error
+errors.SAME_WISH_SECONDS = 60  # a machine at work may let more than one second pass between two signals
 from axolotl.utils.garbage import end_process, own_process
 
 def clean_up():
@@ -162,7 +164,7 @@ def start_command(folder: Path, body: str) -> subprocess.Popen:
 def test_a_signal_is_not_lost_where_exceptions_are(body, number, tmp_path):
     process = start_command(tmp_path, body)
     process.send_signal(number)
-    assert process.communicate(timeout=20) == ("", "Interrupted.\n")
+    assert process.communicate(timeout=120) == ("", "Interrupted.\n")
     assert process.returncode == 128 + number
 
 
@@ -171,7 +173,7 @@ def test_a_signal_that_is_passed_on_does_not_disturb_the_cleaning_up(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20) == ("clean\n", "Interrupted.\n")
+    assert process.communicate(timeout=120) == ("clean\n", "Interrupted.\n")
     assert process.returncode == 128 + signal.SIGINT
 
 

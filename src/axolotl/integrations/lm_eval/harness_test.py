@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def harness(tmp_path, monkeypatch):
         "sys.exit(3 if 'fail' in sys.argv else 0)\n"
     )
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     return tmp_path / "run.json"
@@ -134,8 +135,8 @@ def test_a_signal_ends_the_harness_too(harness, tmp_path, number):
     assert process.stdout is not None
     child = psutil.Process(next(int(line) for line in process.stdout if line.strip().isdigit()))
     process.send_signal(number)
-    assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
-    _, left = psutil.wait_procs([child], timeout=10 if number == signal.SIGKILL else 0)
+    assert process.wait(240) == (-number if number == signal.SIGKILL else 128 + number)
+    _, left = psutil.wait_procs([child], timeout=120 if number == signal.SIGKILL else 0)
     assert not left
 
 

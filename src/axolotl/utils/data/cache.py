@@ -92,10 +92,9 @@ def load_prepared(folder: Path, keep_in_memory: bool = False) -> tuple[Dataset, 
 
     Needs no lock: where another process puts a new dataset in the place of the one that is being opened, the new one is opened.
     """
-    while folder.exists():
-        marker = _read_marker(folder)
+    while (opened := _standing(folder)) is not None:
         found, damage = _load(folder, keep_in_memory)
-        if _read_marker(folder) != marker:
+        if _standing(folder) != opened:
             continue
         if found is None:
             LOG.warning_once(f"the prepared dataset in {folder} is damaged ({damage}); it is built again.")
@@ -103,12 +102,16 @@ def load_prepared(folder: Path, keep_in_memory: bool = False) -> tuple[Dataset, 
     return None
 
 
-def _read_marker(folder: Path) -> bytes | None:
-    """The marker, which is another one for every dataset that is written; None without one."""
+def _standing(folder: Path) -> tuple[int, bytes | None] | None:
+    """What tells the dataset in a folder from one that takes its place, whole or damaged; None without a folder."""
     try:
-        return (folder / MARKER).read_bytes()
+        number = folder.stat().st_ino
     except OSError:
         return None
+    try:
+        return number, (folder / MARKER).read_bytes()
+    except OSError:
+        return number, None
 
 
 def _load(folder: Path, keep_in_memory: bool) -> tuple[tuple[Dataset, dict[str, Any]] | None, str | None]:
