@@ -6,11 +6,14 @@ is saved beside every adapter, and compared with the base that the adapter is pu
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PretrainedConfig
 
 from axolotl.exceptions import ModelError
@@ -24,19 +27,25 @@ def read_trained_config(folder: Path) -> tuple[dict[str, Any], str] | None:
 
     Looked for beside the adapter, then where `base_model_name_or_path` of its config points: a folder here, or the hub's cache.
     """
-    places = [folder / "config.json"]
-    written = _read_json(folder / "adapter_config.json")
-    name = written.get("base_model_name_or_path") if written else None
-    if name:
-        places.append(Path(name) / "config.json")
-        if not Path(name).is_absolute() and name.count("/") <= 1:
-            cached = try_to_load_from_cache(name, "config.json", revision=written.get("revision") if written else None)
-            places += [Path(cached)] if isinstance(cached, str) else []
-    for place in places:
+    for place in _places(folder):
         config = _read_json(place)
         if config and config.get("model_type"):
             return config, str(place)
     return None
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    yield folder / "config.json"
+    written = _read_json(folder / "adapter_config.json") or {}
+    name = written.get("base_model_name_or_path")
+    if name:
+        yield Path(name) / "config.json"
+        with contextlib.suppress(
+            HFValidationError
+        ):  # a folder that is not here, such as `./base`, is no name of the hub
+            cached = try_to_load_from_cache(name, "config.json", revision=written.get("revision"))
+            if isinstance(cached, str):
+                yield Path(cached)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,10 @@ from axolotl.core.datasets.map_rows import can_fork
 from tests.integration.training_runs import make_rows, make_trainer
 
 
-@pytest.mark.skipif(not can_fork() or not hasattr(signal, "sigwaitinfo"), reason="no signal tells who sent it here")
+@pytest.mark.skipif(
+    not can_fork() or not hasattr(signal, "sigwaitinfo"),
+    reason="on this system processes cannot be forked, or signals do not tell who sent them, as on macOS",
+)
 @pytest.mark.parametrize("config", ["split_batches", "dispatch_batches"])
 def test_workers_of_every_loader_leave_signals_to_this_process(config, tmp_path):
     rows = make_rows(40)
