@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from axolotl.kernels.utils import jit, runs_triton, tl
+from axolotl.kernels.utils import jit, num_programs, runs_triton, sigmoid, tl
 
 CHUNK_ELEMENTS = 2**26
 """Logits alive at once: 2**26 fp32 values are 256 MiB, enough rows to keep a GPU's matmul busy."""
@@ -30,7 +30,8 @@ _ROW_MULTIPLE = 128
 """A matmul works on blocks of so many rows; chunks of fewer leave part of a GPU idle."""
 _ROWS_OF_TRAINED_HEAD = 4096
 """Of a chunk: with so many the passes over the head's gradient take less than a tenth of the time of its matmul."""
-_BLOCK_V = 16384
+_BLOCK_V = 8192
+_WARPS_OF_ROW = 32
 _BLOCK_SCALED = 4096
 
 
@@ -84,11 +85,11 @@ def entropy_weights(logits_CV: torch.Tensor, kind: TokenLoss) -> torch.Tensor:
 def _capped(z, scale, softcap, CAPPED: tl.constexpr):
     """fp32 logits after scale and softcap, and their derivative by z."""
     z = z.to(tl.float32) * scale
-    slope = scale + z * 0.0
+    slope = scale
     if CAPPED:
         # tanh(y) = 2 sigmoid(2 y) - 1
-        tanh = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
-        slope = slope * (1.0 - tanh * tanh)
+        tanh = 2.0 * sigmoid(2.0 * z / softcap) - 1.0
+        slope = scale * (1.0 - tanh * tanh)
         z = tanh * softcap
     return z, slope
 
@@ -98,47 +99,62 @@ def _cross_entropy_kernel(
     logits_ptr, label_ptr, loss_ptr, num_columns, scale, softcap, smoothing, z_loss,
     CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: its loss, then the gradient of its logits over them."""
+    """One row per program: its loss, then the gradient of its logits over them.
+
+    Each lane has a highest logit and a sum of its own, so that no lane waits for another before the end of the row.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * num_columns
     columns = tl.arange(0, BLOCK)
-    top = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)  # of exp(z - top), by lane
+    log2_e = 1.4426950408889634
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # in units of log 2, as exponents are
+    total = tl.zeros((BLOCK,), tl.float32)  # of 2^(z - top)
     plain_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
         at = start + columns
         inside = at < num_columns
-        z, _ = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
+        z, _ = _capped(tl.load(row_ptr + at, mask=inside, other=-float("inf")), scale, softcap, CAPPED)
+        if CAPPED:
+            z = tl.where(inside, z, -float("inf"))
         if SMOOTHED:
             plain_sum += tl.where(inside, z, 0.0)
-        z = tl.where(inside, z, -float("inf"))
-        higher = tl.maximum(top, tl.max(z, axis=0))
-        total = tl.where(higher > -float("inf"), total * tl.exp(top - higher) + tl.exp(z - higher), 0.0)
-        top = higher
-    lse = top + tl.log(tl.sum(total, axis=0))
+        # Of 2^(z - higher) and 2^(top - higher) one is 1.
+        z = z * log2_e
+        above = z - top
+        power = tl.exp2(-tl.abs(above))
+        total = tl.where(above > 0.0, total * power + 1.0, total + power)
+        top = tl.maximum(top, z)
+    highest = tl.max(top, axis=0)
+    lse_2 = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), axis=0))
+    lse = lse_2 * 0.6931471805599453
     label = tl.load(label_ptr + row)
-    target, _ = _capped(tl.load(row_ptr + label), scale, softcap, CAPPED)
+    target, target_slope = _capped(tl.load(row_ptr + label), scale, softcap, CAPPED)
     loss = lse - target + z_loss * lse * lse
     if SMOOTHED:
         loss += smoothing * (target - tl.sum(plain_sum, axis=0) / num_columns)
-    weight = lse * 0.0 + 1.0
+    weight = 1.0
     if SCALED:
         weight = tl.exp(target - lse)
     tl.store(loss_ptr + row, loss * weight)
     if WRITE_GRADIENT:
+        share = weight * (1.0 + 2.0 * z_loss * lse)  # of a probability
+        everywhere = weight * smoothing / num_columns
         # The label's logit is read above by every lane before any lane writes below.
         tl.debug_barrier()
         for start in range(0, num_columns, BLOCK):
             at = start + columns
             inside = at < num_columns
             z, slope = _capped(tl.load(row_ptr + at, mask=inside, other=0.0), scale, softcap, CAPPED)
-            grad = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse)
+            grad = tl.exp2(z * log2_e - lse_2) * share
             if SMOOTHED:
-                grad -= smoothing / num_columns + tl.where(at == label, 1.0 - smoothing, 0.0)
-            else:
-                grad -= tl.where(at == label, 1.0, 0.0)
-            grad = grad * slope * weight
-            tl.store(row_ptr + at, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+                grad -= everywhere
+            tl.store(row_ptr + at, (grad * slope).to(logits_ptr.dtype.element_ty), mask=inside)
+        # The label's own, after what the loop wrote there.
+        tl.debug_barrier()
+        grad = tl.exp2(target * log2_e - lse_2) * share - weight
+        if SMOOTHED:
+            grad += weight * smoothing - everywhere
+        tl.store(row_ptr + label, (grad * target_slope).to(logits_ptr.dtype.element_ty))
 
 
 def _loss_and_gradient(
@@ -164,7 +180,7 @@ def _loss_and_gradient_triton(
         _cross_entropy_kernel[(logits_CV.shape[0],)](
             logits_CV, label_C, loss_C, num_columns, kind.logit_scale, 1.0 if softcap is None else softcap,
             smoothing, kind.z_loss, CAPPED=softcap is not None, SMOOTHED=smoothing > 0.0,
-            SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=32,
+            SCALED=kind.token_scaling, WRITE_GRADIENT=need_gradient, BLOCK=_BLOCK_V, num_warps=_WARPS_OF_ROW,
         )  # fmt: skip
     if entropy_C1 is None:
         return loss_C.sum()
@@ -331,7 +347,9 @@ def _scale_(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`values *= scale` with a scalar tensor that is not rounded to the dtype of `values` first, as PyTorch does."""
     if runs_triton(values) and values.dtype != torch.float64 and values.is_contiguous():
         with torch.cuda.device(values.device):
-            _scale_kernel[(-(-values.numel() // _BLOCK_SCALED),)](values, scale, values.numel(), BLOCK=_BLOCK_SCALED)
+            _scale_kernel[num_programs(values.numel(), _BLOCK_SCALED)](
+                values, scale, values.numel(), BLOCK=_BLOCK_SCALED
+            )
         return values
     if values.dtype in (torch.float16, torch.bfloat16):
         return values.copy_(values.float() * scale)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from axolotl.kernels.utils import BLOCK, jit, num_programs, runs_triton, tl
+from axolotl.kernels.utils import BLOCK, jit, num_programs, runs_triton, sigmoid, tl
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -26,16 +26,16 @@ _TANH_CUBIC = 0.044715
 def _act_and_slope(g, ACT: tl.constexpr):
     """act(g) and its derivative, fp32."""
     if ACT == "silu":
-        sigmoid = tl.sigmoid(g)
-        act = g * sigmoid
-        slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
+        gate = sigmoid(g)
+        act = g * gate
+        slope = gate + act * (1.0 - gate)
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         act = g * cdf
         slope = cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
     else:
         # 0.5 (1 + tanh(z)) = sigmoid(2 z), without the cancellation at large negative z.
-        gate = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        gate = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         act = g * gate
         slope = gate + act * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     return act, slope

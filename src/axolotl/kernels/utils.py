@@ -26,6 +26,14 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+@jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of fp32 values, to about 2 units in the last place: a square of a reciprocal root is one instruction where
+    a division is ten."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether elementwise Triton kernels can walk these tensors as flat memory."""
     return (
