@@ -6,7 +6,9 @@ The weights are trained, and stay separate. Where they lie one below the other i
 as they are; otherwise, such as after a move to another device, each by itself. Small matmuls, such as those of keys and values
 that few heads share, leave most of a GPU idle, and of the gradients of the input no sum is formed.
 
-The compiler fuses what is around the operators, biases and activations included.
+The compiler fuses what is around the operators, biases and activations included. Where queries and keys are rotated (RoPE) right
+after, the kernel that does it below adapters does it here, without one: backward writes the gradients of the three side by side
+in one pass over them, of which the compiler makes three.
 
 Shape legend: N tokens, H features in, O features out.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+import axolotl.kernels.lora_ops  # noqa: F401  (registers the operator of the rotation)
 from axolotl.kernels.frozen_weights import lie_in_a_row, stack
 from axolotl.kernels.utils import compute_dtype
 
@@ -78,6 +81,17 @@ def _differentiate(ctx, grad):
 _joined_linear.register_autograd(_differentiate, setup_context=_keep)
 
 
+def _multiply(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """(..., O_0 + O_1 + ...), in the dtype of autocast where it is on, else that of x."""
+    dtype = compute_dtype(x.device.type, x.dtype)
+    x_NH = x.reshape(-1, x.shape[-1]).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if any(weight.dtype != dtype for weight in weights):
+            weights = [torch.cat([weight.to(dtype) for weight in weights])]  # the casts write to their places
+        y_NO = torch.ops.axolotl.joined_linear(x_NH, weights)
+    return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+
+
 def joined_linear(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
 ) -> list[torch.Tensor]:
@@ -92,12 +106,26 @@ def joined_linear(
         Per layer (..., O), in the dtype of autocast where it is on, else that of x. Without a bias they are parts of one
         memory: what keeps one of them keeps all.
     """
-    dtype = compute_dtype(x.device.type, x.dtype)
-    x_NH = x.reshape(-1, x.shape[-1]).to(dtype)
+    outputs = _multiply(x, weights).split([weight.shape[0] for weight in weights], dim=-1)
+    return [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(outputs, biases, strict=True)]
+
+
+def joined_linear_rotated(
+    x: torch.Tensor, weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys with their positions, and values, for use under `torch.compile` where `rotates_in_graph`.
+
+    Args:
+        x: (B, T, H).
+        weights: of query, key and value, as in `joined_linear`.
+        cos: (B, T, D) or (1, T, D), where D are the features of a head.
+        sin: as `cos`.
+
+    Returns:
+        Queries and keys (B, T, heads, D) and values (B, T, O), each a memory of its own.
+    """
     rows = [weight.shape[0] for weight in weights]
-    with torch.autocast(x.device.type, enabled=False):
-        if any(weight.dtype != dtype for weight in weights):
-            weights = [torch.cat([weight.to(dtype) for weight in weights])]  # the casts write to their places
-        y_NO = torch.ops.axolotl.joined_linear(x_NH, weights)
-        outputs = [part.view(*x.shape[:-1], part.shape[-1]) for part in y_NO.split(rows, dim=1)]
-        return [y if bias is None else y + bias.to(dtype) for y, bias in zip(outputs, biases, strict=True)]
+    y = _multiply(x, weights)
+    no_adapter = y.new_empty(sum(rows), 0)
+    query, key, value = torch.ops.axolotl.lora_rotary(y, no_adapter, rows, [0, 0, 0], None, None, None, cos, sin)
+    return query, key, value.flatten(2)

@@ -2,7 +2,8 @@
 
 The three weights get one memory and stay parameters of their own, with the names and shapes that they had. They are multiplied
 by `axolotl.kernels.joined_linear` in compiled passes that learn, and by their layers everywhere else. Whether they still can be
-is asked when a layer is compiled: hooks, adapters, parametrizations and frozen weights may come later.
+is asked when a layer is compiled: hooks, adapters, parametrizations and frozen weights may come later. Queries and keys without a
+bias come rotated, where `lora_rotary` finds that the forward rotates them next.
 
 Gate and up of an MLP stay apart. Each is large enough for a GPU, and to multiply their gradients as one the compiler would lay
 these side by side in a kernel that reads the activations twice.
@@ -18,7 +19,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from axolotl.kernels.frozen_weights import lay_in_a_row, lie_in_a_row
-from axolotl.kernels.joined_linear import joined_linear
+from axolotl.kernels.joined_linear import joined_linear, joined_linear_rotated
+from axolotl.kernels.lora_ops import rotates_in_graph
 from axolotl.monkeypatch.compile_layers import runs_compiled
 from axolotl.monkeypatch.lora_kernels import (
     QKV,
@@ -28,9 +30,11 @@ from axolotl.monkeypatch.lora_kernels import (
     original_apply_o,
     original_apply_qkv,
     read_original_forward,
+    rotating_forward,
     why_not_seen_through,
     wrapped_forward,
 )
+from axolotl.monkeypatch.lora_rotary import Rotation, find_rotation
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
@@ -60,6 +64,21 @@ def apply_joined_qkv(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     # What is kept for backward as it is, such as the values, must not keep the others with it.
     apart = torch.contiguous_format
     return query, key.clone(memory_format=apart), value.clone(memory_format=apart)
+
+
+def apply_joined_qkv_rotated(
+    self: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Queries and keys with their positions, and values, in compiled layers; None where they are better computed one by one.
+
+    Arguments and results are those of `axolotl.kernels.lora.apply_lora_qkv_rotated`.
+    """
+    linears = [self.q_proj, self.k_proj, self.v_proj]
+    if not _can_multiply(x, linears) or any(linear.bias is not None for linear in linears):
+        return None
+    if not rotates_in_graph(x, (0, 0, 0), self.head_dim, cos, sin):
+        return None
+    return joined_linear_rotated(x, [linear.weight for linear in linears], cos, sin)
 
 
 def _own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -117,8 +136,17 @@ def join_projections(model: nn.Module) -> list[str | None]:
     for attention, reason in zip(attentions, reasons, strict=True):
         if reason is not None:
             continue
-        forward = wrapped_forward(read_original_forward(type(attention)))
-        become(attention, forward=forward, apply_qkv=apply_joined_qkv, apply_o=original_apply_o)
+        original = read_original_forward(type(attention))
+        rotation = find_rotation(attention, original)
+        become(
+            attention,
+            forward=rotating_forward(original, rotation)
+            if isinstance(rotation, Rotation)
+            else wrapped_forward(original),
+            apply_qkv=apply_joined_qkv,
+            apply_qkv_rotated=apply_joined_qkv_rotated,
+            apply_o=original_apply_o,
+        )
         weights = [getattr(attention, name).weight for name in QKV]
         if not lie_in_a_row(weights):
             lay_in_a_row(weights)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from axolotl.kernels import joined_linear
+from axolotl.kernels import joined_linear, lora_ops
 from axolotl.kernels.frozen_weights import lie_in_a_row
 from axolotl.monkeypatch.compile_layers import compile_layers, uncompile_layers
 from axolotl.monkeypatch.joined_linear import apply_joined_linear, join_projections, why_not_joined
@@ -72,11 +72,26 @@ def assert_same(got: tuple[float, dict], wanted: tuple[float, dict], rtol: float
         torch.testing.assert_close(got[1][name], grad, rtol=rtol, atol=atol)
 
 
+@pytest.fixture
+def rotations(monkeypatch) -> list[torch.Size]:
+    """Of each call of the rotating operator, what it rotates."""
+    seen, forward = [], lora_ops.lora_rotary_forward
+    monkeypatch.setattr(lora_ops, "lora_rotary_forward", lambda yl, *rest: seen.append(yl.shape) or forward(yl, *rest))
+    return seen
+
+
 @pytest.mark.parametrize(
-    ("model_type", "checkpointing"),
-    [("llama", False), ("llama", True), ("qwen2", False), ("mistral", False), ("qwen3", False), ("gemma2", False)],
+    ("model_type", "checkpointing", "rotates"),
+    [
+        ("llama", False, True),
+        ("llama", True, True),
+        ("qwen2", False, False),  # its biases are trained
+        ("mistral", False, True),
+        ("qwen3", False, False),  # norms in between
+        ("gemma2", False, True),
+    ],
 )
-def test_compiled_layers_compute_what_plain_ones_do(model_type, checkpointing, tmp_path, calls):
+def test_compiled_layers_compute_what_plain_ones_do(model_type, checkpointing, rotates, tmp_path, calls, rotations):
     model = make(tmp_path, model_type)
     wanted = [gradients(model, ids) for ids in (IDS, IDS[:, :20])]
     assert join_projections(model) == [None] * 2
@@ -89,6 +104,7 @@ def test_compiled_layers_compute_what_plain_ones_do(model_type, checkpointing, t
     # Of the layers one version for the first length and one for any other, and so of the last norm; gemma2 has two kinds of layers.
     assert counters["stats"]["unique_graphs"] <= (6 if model_type == "gemma2" else 4)
     assert set(calls) == {3}
+    assert bool(rotations) == rotates
 
 
 def test_all_layers_share_one_compiled_function(tmp_path, calls):

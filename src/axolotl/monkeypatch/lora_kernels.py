@@ -161,14 +161,14 @@ def wrapped_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _rotating_forward(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
-    """`wrapped_forward`, except that an operator rotates queries and keys where it can."""
+def rotating_forward(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+    """`wrapped_forward`, except that queries and keys come rotated from the attention's `apply_qkv_rotated`, where it gives any."""
     plain = wrapped_forward(original)
 
     def axolotl_attn_forward(self, *args, **kwargs):
         tables = rotation.find_tables(args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        rotated = None if tables is None else apply_lora_qkv_rotated(self, hidden, *tables)
+        rotated = None if tables is None else self.apply_qkv_rotated(hidden, *tables)
         if rotated is None:
             return plain(self, *args, **kwargs)
         return rotation.forward(_Projections(self, hidden, dict(zip(QKV, rotated, strict=True))), *args, **kwargs)
@@ -410,12 +410,13 @@ def _patch_attentions(attentions: list[nn.Module], cfg: DictDefault) -> None:
             rotation = find_rotation(attention, original)
             rotated.append(rotation if isinstance(rotation, str) else None)
             if isinstance(rotation, Rotation):
-                forward = _rotating_forward(original, rotation)
+                forward = rotating_forward(original, rotation)
         become(
             attention,
             adapter_room=_join(_children(attention, QKV)) if qkv and qkv[at] is None else 0,
             forward=forward,
             apply_qkv=apply_lora_qkv if qkv and qkv[at] is None else original_apply_qkv,
+            apply_qkv_rotated=apply_lora_qkv_rotated,
             apply_o=apply_lora_o if out and out[at] is None else original_apply_o,
         )
     if cfg.lora_qkv_kernel:
