@@ -143,8 +143,8 @@ def test_gated_activation_with_low_rank_terms(rows, size, ranks, act, write_h):
         return torch.randn(*shape, device="cuda").bfloat16()
 
     gu, low, grad = half(rows, 2 * size), half(rows, gate + up), half(rows, size)
-    b_gate, b_up, grad_low, a_T = half(size, gate) * 0.3, half(size, up) * 0.3, half(rows, down), half(size, down) * 0.3
-    wide = [tensor.double().cpu() for tensor in (gu, low, b_gate, b_up, grad, grad_low, a_T)]
+    b_gate, b_up, grad_low, a = half(size, gate) * 0.3, half(size, up) * 0.3, half(rows, down), half(down, size) * 0.3
+    wide = [tensor.double().cpu() for tensor in (gu, low, b_gate, b_up, grad, grad_low, a)]
     gu64, low64, gate64, up64, grad64, grad_low64, a64 = wide
     whole = (gu64 + torch.cat([low64[:, :gate] @ gate64.T, low64[:, gate:] @ up64.T], 1)).requires_grad_()
     activations = {
@@ -153,7 +153,7 @@ def test_gated_activation_with_low_rank_terms(rows, size, ranks, act, write_h):
         "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     }
     wanted = activations[act](whole[:, :size]) * whole[:, size:]
-    (gu_grad64,) = torch.autograd.grad(wanted, whole, grad64 + grad_low64 @ a64.T)
+    (gu_grad64,) = torch.autograd.grad(wanted, whole, grad64 + grad_low64 @ a64)
     h64 = wanted.detach()
     factors = (gu_grad64[:, :size].T @ low64[:, :gate], gu_grad64[:, size:].T @ low64[:, gate:], grad_low64.T @ h64)
     # What is left beside the low-rank inputs is not read, and gets no gradient.
@@ -162,7 +162,7 @@ def test_gated_activation_with_low_rank_terms(rows, size, ranks, act, write_h):
     lows = (gu_grad64[:, :size] @ gate64, gu_grad64[:, size:] @ up64, torch.zeros_like(left).double().cpu())
     gul_grad64 = torch.cat([gu_grad64, *lows], 1)
     h = lora_gated_forward(gul, b_gate, b_up, act)
-    got = lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a_T, act, write_h=write_h)
+    got = lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a, act, write_h=write_h)
     assert not got.gul[:, 2 * size + gate + up :].any()
     pairs = [(h, h64), *zip(got, (gul_grad64, *factors), strict=True), *([(grad, h64)] if write_h else [])]
     for ours, theirs in pairs:

@@ -575,7 +575,7 @@ def apply_lora_o(self: nn.Module, X: torch.Tensor) -> torch.Tensor:
     if why_not_fused(self.o_proj):
         return self.o_proj(X)
     if _runs_as_operators((self.o_proj,)):
-        return project_in_graph(X, [get_lora_parameters(self.o_proj)])[0]
+        return project_in_graph(X, [get_lora_parameters(self.o_proj)], getattr(self, "adapter_room_o", 0))[0]
     return LoRA_O.apply(X, *get_lora_parameters(self.o_proj))
 
 

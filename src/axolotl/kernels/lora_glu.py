@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axolotl.kernels.glu import Activation, _act_and_slope, gated_backward, gated_forward
+from axolotl.kernels.lora_factors import _load_factor, _padded, factor_gradients, sum_rows
 from axolotl.kernels.utils import jit, runs_triton, tl
 
 MAX_RANK = 128
@@ -25,6 +26,9 @@ MAX_RANK = 128
 
 MAX_SUMMED_RANK = 16
 """Above, the sums over tokens do not fit in the registers beside a tile; matmuls read the outputs of backward again."""
+
+MAX_BACK_RANK = 32
+"""Above, every program reads as much of B as of its gradient, and matmuls multiply the gradients by B."""
 
 
 class Tile(NamedTuple):
@@ -50,6 +54,9 @@ class Tile(NamedTuple):
 _WIDE = Tile(rows=16, columns=128, count=16, warps=4, stages=3)
 _PLAIN_TILES = {32: _WIDE, 64: _WIDE._replace(columns=64, stages=2), MAX_RANK: _WIDE._replace(columns=32, stages=2)}
 _SUMMING_TILE = Tile(rows=32, columns=64, count=32, warps=4, stages=3)
+_BACK_TILES = [Tile(rows=rows, columns=128, count=1, warps=4, stages=3) for rows in (64, 32, 16)]
+"""The first that makes `_BACK_PROGRAMS` or more, else the last."""
+_BACK_PROGRAMS = 256
 SUMMED_ROWS = _SUMMING_TILE.rows * _SUMMING_TILE.count
 """Tokens of one program of the summing kernel, which writes one fp32 sum for each element of the factors."""
 
@@ -57,15 +64,6 @@ SUMMED_ROWS = _SUMMING_TILE.rows * _SUMMING_TILE.count
 # Products with a low-rank factor are added to the accumulator of the matrix unit, so that the tiles are loaded in its layout,
 # and by `tl.range` ahead of their use. A factor that is also multiplied the other way round is loaded twice, as a tile that
 # has to change its layout cannot be loaded ahead.
-
-
-@jit
-def _load_factor(ptr, at, num, stride, RANK: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `at` of a low-rank factor (num, RANK) with row stride `stride`, filled up with zeros: (len(at), PADDED)."""
-    rank = tl.arange(0, PADDED)
-    return tl.load(
-        ptr + at[:, None] * stride + rank[None, :], mask=(at[:, None] < num) & (rank[None, :] < RANK), other=0.0
-    )
 
 
 @jit
@@ -100,19 +98,18 @@ def _forward_kernel(
     at_h = row[:, None] * num_columns + columns[None, :]
     first = tl.program_id(1) * (TILES * ROWS)
     for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        rows = start + row
-        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        tile_ptr = gul_ptr + tl.cast(start, tl.int64) * width
+        before, left = tl.cast(start, tl.int64), num_rows - start
+        inside = (row[:, None] < left) & (columns[None, :] < num_columns)
+        tile_ptr = gul_ptr + before * width
+        tile_low_ptr = low_ptr + before * width
         gate = tl.load(tile_ptr + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(tile_ptr + num_columns + at, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE), b_gate, gate)
+            gate = tl.dot(_load_factor(tile_low_ptr, row, left, width, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP), b_up, up)
+            up = tl.dot(_load_factor(tile_low_ptr + RANK_GATE, row, left, width, RANK_UP, PADDED_UP), b_up, up)
         act, _ = _act_and_slope(gate, ACT)
-        tl.store(
-            h_ptr + tl.cast(start, tl.int64) * num_columns + at_h, (act * up).to(h_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(h_ptr + before * num_columns + at_h, (act * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -129,7 +126,9 @@ def _backward_kernel(
     low_ptr = gul_ptr + 2 * num_columns
     b_gate = tl.trans(_load_factor(b_gate_ptr, columns, num_columns, RANK_GATE, RANK_GATE, PADDED_GATE))
     b_up = tl.trans(_load_factor(b_up_ptr, columns, num_columns, RANK_UP, RANK_UP, PADDED_UP))
-    a = tl.trans(_load_factor(a_ptr, columns, num_columns, RANK_DOWN, RANK_DOWN, PADDED_DOWN))
+    rank = tl.arange(0, PADDED_DOWN)[:, None]
+    is_a = (rank < RANK_DOWN) & (columns[None, :] < num_columns)
+    a = tl.load(a_ptr + rank * num_columns + columns[None, :], mask=is_a, other=0.0)
     sum_gate = tl.zeros((PADDED_GATE, COLUMNS), tl.float32)
     sum_up = tl.zeros((PADDED_UP, COLUMNS), tl.float32)
     sum_down = tl.zeros((PADDED_DOWN, COLUMNS), tl.float32)
@@ -139,36 +138,38 @@ def _backward_kernel(
     at_h = row[:, None] * num_columns + columns[None, :]
     first = tl.program_id(1) * (TILES * ROWS)
     for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        rows = start + row
-        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        tile_ptr = gul_ptr + tl.cast(start, tl.int64) * width
+        before, left = tl.cast(start, tl.int64), num_rows - start
+        inside = (row[:, None] < left) & (columns[None, :] < num_columns)
+        tile_ptr = gul_ptr + before * width
+        tile_low_ptr = low_ptr + before * width
+        tile_grad_low_ptr = grad_low_ptr + before * RANK_DOWN
         gate = tl.load(tile_ptr + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(tile_ptr + num_columns + at, mask=inside, other=0.0).to(tl.float32)
-        before = tl.cast(start, tl.int64) * num_columns
-        grad = tl.load(grad_ptr + before + at_h, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + before * num_columns + at_h, mask=inside, other=0.0).to(tl.float32)
         if RANK_GATE > 0:
-            gate = tl.dot(_load_factor(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE), b_gate, gate)
+            gate = tl.dot(_load_factor(tile_low_ptr, row, left, width, RANK_GATE, PADDED_GATE), b_gate, gate)
         if RANK_UP > 0:
-            up = tl.dot(_load_factor(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP), b_up, up)
+            up = tl.dot(_load_factor(tile_low_ptr + RANK_GATE, row, left, width, RANK_UP, PADDED_UP), b_up, up)
         if RANK_DOWN > 0:
-            grad = tl.dot(_load_factor(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN), a, grad)
+            grad_low = _load_factor(tile_grad_low_ptr, row, left, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
+            grad = tl.dot(grad_low, a, grad)
         act, slope = _act_and_slope(gate, ACT)
         h = (act * up).to(dtype)
         grad_gate = (grad * up * slope).to(dtype)
         grad_up = (grad * act).to(dtype)
-        tile_ptr = grad_gul_ptr + tl.cast(start, tl.int64) * width
+        tile_ptr = grad_gul_ptr + before * width
         tl.store(tile_ptr + at, grad_gate, mask=inside)
         tl.store(tile_ptr + num_columns + at, grad_up, mask=inside)
         if WRITE_H:
-            tl.store(grad_ptr + before + at_h, h, mask=inside)
+            tl.store(grad_ptr + before * num_columns + at_h, h, mask=inside)
         if SUMS and RANK_GATE > 0:
-            low_T = _load_factor_T(low_ptr, rows, num_rows, width, RANK_GATE, PADDED_GATE)
+            low_T = _load_factor_T(tile_low_ptr, row, left, width, RANK_GATE, PADDED_GATE)
             sum_gate = tl.dot(low_T, grad_gate, sum_gate)
         if SUMS and RANK_UP > 0:
-            low_T = _load_factor_T(low_ptr + RANK_GATE, rows, num_rows, width, RANK_UP, PADDED_UP)
+            low_T = _load_factor_T(tile_low_ptr + RANK_GATE, row, left, width, RANK_UP, PADDED_UP)
             sum_up = tl.dot(low_T, grad_up, sum_up)
         if SUMS and RANK_DOWN > 0:
-            grad_low_T = _load_factor_T(grad_low_ptr, rows, num_rows, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
+            grad_low_T = _load_factor_T(tile_grad_low_ptr, row, left, RANK_DOWN, RANK_DOWN, PADDED_DOWN)
             sum_down = tl.dot(grad_low_T, h, sum_down)
     if SUMS:
         to = sums_ptr + tl.program_id(1).to(tl.int64) * num_columns * (RANK_GATE + RANK_UP + RANK_DOWN)
@@ -179,9 +180,31 @@ def _backward_kernel(
         _store_sum(to, sum_down, columns, num_columns, 1, num_columns, RANK_DOWN, PADDED_DOWN)
 
 
-def _padded(rank: int) -> int:
-    """Matrix units take at least 16 products; ranges have powers of two."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 16
+@jit
+def _back_kernel(
+    grad_gul_ptr, b_gate_ptr, b_up_ptr, num_rows, num_columns, width,
+    RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Half of the programs multiply rows of the gradient of gate by B_gate, half those of up by B_up."""
+    is_up = tl.program_id(1) == 1
+    b_ptr = tl.where(is_up, b_up_ptr, b_gate_ptr)
+    rank = tl.where(is_up, RANK_UP, RANK_GATE)
+    start = tl.program_id(0) * ROWS
+    left = num_rows - start
+    row, column, low = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    grad_gul_ptr += start.to(tl.int64) * width
+    grad_ptr = grad_gul_ptr + tl.where(is_up, num_columns, 0)
+    at = row[:, None] * width + column[None, :]
+    at_b = column[:, None] * rank + low[None, :]
+    total = tl.zeros((ROWS, PADDED), tl.float32)
+    for first in tl.range(0, tl.where(rank > 0, num_columns, 0), COLUMNS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        more = num_columns - first
+        grad = tl.load(grad_ptr + first + at, mask=(row[:, None] < left) & (column[None, :] < more), other=0.0)
+        b = tl.load(b_ptr + first * rank + at_b, mask=(column[:, None] < more) & (low[None, :] < rank), other=0.0)
+        total = tl.dot(grad, b, total)
+    to = grad_gul_ptr + 2 * num_columns + tl.where(is_up, RANK_GATE, 0) + row[:, None] * width + low[None, :]
+    tl.store(to, total.to(grad_gul_ptr.dtype.element_ty), mask=(row[:, None] < left) & (low[None, :] < rank))
 
 
 def _fits(*tensors: torch.Tensor, ranks: tuple[int, ...]) -> bool:
@@ -195,6 +218,10 @@ def _plain_tile(*ranks: int) -> Tile:
 
 def _grid(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, int]:
     return (-(-num_columns // tile.columns), -(-num_rows // (tile.rows * tile.count)))
+
+
+def _back_tile(num_rows: int) -> Tile:
+    return next((tile for tile in _BACK_TILES if 2 * num_rows >= _BACK_PROGRAMS * tile.rows), _BACK_TILES[-1])
 
 
 def _cut(act: Activation, tile: Tile, **ranks: int) -> dict[str, Any]:
@@ -266,18 +293,18 @@ def lora_gated_backward(
     b_gate: torch.Tensor,
     b_up: torch.Tensor,
     grad_low: torch.Tensor,
-    a_T: torch.Tensor,
+    a: torch.Tensor,
     act: Activation,
     *,
     write_h: bool = False,
 ) -> GatedGradients:
-    """Gradients of `lora_gated_forward`, where that of `h` is `grad_h + grad_low a_T^T`, and of `a_T`.
+    """Gradients of `lora_gated_forward`, where that of `h` is `grad_h + grad_low a`, and of `a`.
 
     Args:
         grad_h: (N, I) contiguous, without the low-rank term of the projection that follows. Its memory may be used.
         gul: (N, 2 I + R), b_gate, b_up: as in forward.
-        grad_low: (N, r) contiguous, the gradient of the low-rank input of that projection, `h a_T`.
-        a_T: (I, r) contiguous, its A transposed.
+        grad_low: (N, r) contiguous, the gradient of the low-rank input of that projection, `h a^T`.
+        a: (r, I) contiguous, its A.
         act: the activation.
         write_h: whether `grad_h` becomes `h`.
 
@@ -285,11 +312,11 @@ def lora_gated_backward(
         The gradients, in the dtype of `gul`; those of the factors are summed in fp32 over products of rounded values.
     """
     num_rows, size = grad_h.shape
-    ranks = (b_gate.shape[1], b_up.shape[1], a_T.shape[1])
+    ranks = (b_gate.shape[1], b_up.shape[1], a.shape[0])
     grad_gul = torch.empty_like(gul)
-    if not _fits(grad_h, gul, b_gate, b_up, grad_low, a_T, ranks=ranks):
+    if not _fits(grad_h, gul, b_gate, b_up, grad_low, a, ranks=ranks):
         if ranks[2]:
-            grad_h.addmm_(grad_low, a_T.t())
+            grad_h.addmm_(grad_low, a)
         gate, up = _add_low_rank(gul, b_gate, b_up)
         grad_gate, grad_up, *_ = grad_gul.split(_columns(gul, b_gate, b_up), dim=1)
         h, *grads = gated_backward(grad_h, gate, up, act)
@@ -303,7 +330,7 @@ def lora_gated_backward(
     if num_rows:
         with torch.cuda.device(gul.device):
             _backward_kernel[grid](
-                grad_h, gul, grad_gul, b_gate, b_up, grad_low, a_T, sums, num_rows, size, gul.shape[1],
+                grad_h, gul, grad_gul, b_gate, b_up, grad_low, a, sums, num_rows, size, gul.shape[1],
                 SUMS=summed, WRITE_H=write_h or not summed, **_cut(act, tile, GATE=ranks[0], UP=ranks[1], DOWN=ranks[2]),
             )  # fmt: skip
     if write_h or not summed:
@@ -311,19 +338,28 @@ def lora_gated_backward(
     if not summed:
         return _multiply_factors(grad_gul, grad_h, gul, b_gate, b_up, grad_low)
     _multiply_back(grad_gul, b_gate, b_up)
-    parts = sums.sum(0).split([size * rank for rank in ranks])
     shapes = ((size, ranks[0]), (size, ranks[1]), (ranks[2], size))
-    return GatedGradients(
-        grad_gul, *(part.view(shape).to(gul.dtype) for part, shape in zip(parts, shapes, strict=True))
-    )
+    factors = [gul.new_empty(shape) for shape in shapes]
+    sum_rows(sums, factors)
+    return GatedGradients(grad_gul, *factors)
 
 
 def _multiply_back(grad_gul: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor) -> None:
     """Fill the last columns with the gradients of the low-rank inputs."""
     grad_gate, grad_up, low_gate, low_up, rest = grad_gul.split(_columns(grad_gul, b_gate, b_up), dim=1)
+    rest.zero_()
+    ranks = (b_gate.shape[1], b_up.shape[1])
+    if grad_gul.shape[0] and 0 < max(ranks) <= MAX_BACK_RANK and _fits(grad_gul, b_gate, b_up, ranks=ranks):
+        tile = _back_tile(grad_gul.shape[0])
+        with torch.cuda.device(grad_gul.device):
+            _back_kernel[(-(-grad_gul.shape[0] // tile.rows), 2)](
+                grad_gul, b_gate, b_up, grad_gul.shape[0], b_gate.shape[0], grad_gul.shape[1],
+                RANK_GATE=ranks[0], RANK_UP=ranks[1], PADDED=_padded(max(ranks)),
+                ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
+        return
     torch.mm(grad_gate, b_gate, out=low_gate)
     torch.mm(grad_up, b_up, out=low_up)
-    rest.zero_()
 
 
 def _multiply_factors(
@@ -335,8 +371,10 @@ def _multiply_factors(
     grad_low: torch.Tensor,
 ) -> GatedGradients:
     """The other gradients from those of gate and of up."""
-    _multiply_back(grad_gul, b_gate, b_up)
     columns = _columns(gul, b_gate, b_up)
-    grad_gate, grad_up, *_ = grad_gul.split(columns, dim=1)
+    grad_gate, grad_up, grad_low_gate, grad_low_up, rest = grad_gul.split(columns, dim=1)
     _, _, low_gate, low_up, _ = gul.split(columns, dim=1)
-    return GatedGradients(grad_gul, grad_gate.t() @ low_gate, grad_up.t() @ low_up, grad_low.t() @ h)
+    rest.zero_()
+    _, grad_b_gate = factor_gradients(grad_gate, b_gate, low_gate, grad_low_gate)
+    _, grad_b_up = factor_gradients(grad_up, b_up, low_up, grad_low_up)
+    return GatedGradients(grad_gul, grad_b_gate, grad_b_up, grad_low.t() @ h)

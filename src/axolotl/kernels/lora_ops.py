@@ -3,7 +3,8 @@
     y_i = x W_i^T + (x A_i^T) (s_i B_i)^T
 
 The compiler fuses norms, activations and residuals around the operators, decides what of those to keep for backward, and
-cannot move what happens inside: dense copies of quantized weights live as long as one matmul. The functions of
+cannot move what happens inside: dense copies of quantized weights live as long as one matmul. Arguments that default to None
+are given by `axolotl.kernels.lora_graph`, which sees what is around an operator. The functions of
 `axolotl.kernels.lora` are what runs without the compiler; PyTorch 2.11 gives a traced `autograd.Function` zero gradients when
 its output ends in a conversion that changes nothing, as theirs may.
 
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 
 from axolotl.kernels.frozen_weights import FrozenWeights, round_up_rank, rows_of
 from axolotl.kernels.glu import Activation
+from axolotl.kernels.lora_factors import factor_gradients, scale_rows
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
 from axolotl.kernels.lora_rotary import has_kernel, lora_rotary_backward, lora_rotary_forward
+from axolotl.kernels.lora_sum import add_low_rank
 from axolotl.kernels.quantize import split_state
 from axolotl.kernels.utils import compute_dtype
 
@@ -33,19 +36,30 @@ Projection = tuple[Any, ...]  # what `get_lora_parameters` returns
 # `b` is block-diagonal: a few zeros are multiplied, and every matrix is read and written once for all projections.
 
 
+def _scaled(low_NR: torch.Tensor, scale_N1: torch.Tensor | None) -> torch.Tensor:
+    return low_NR if scale_N1 is None else scale_rows(low_NR, scale_N1)
+
+
 @torch.library.custom_op(
     "axolotl::lora_project",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor b, int room, Tensor? residual=None) "
+    "-> (Tensor, Tensor)",
 )
-def _project(x, weights, state, layout, a, b):
-    """The outputs side by side (N, O), and `x A^T` (N, R)."""
-    low_NR = x @ a.t()
-    return FrozenWeights(weights, state, layout).product(x, (low_NR, b.t())), low_NR
+def _project(x, weights, state, layout, a, b, room, residual=None):
+    """The outputs side by side (N, O), plus `residual` where it is given, and `x A^T` (N, R)."""
+    frozen = FrozenWeights(weights, state, layout)
+    if residual is None:
+        low_NR = x @ a.t()
+        return frozen.product(x, (low_NR, b.t())), low_NR
+    yl = frozen.product_with(x, _filled_up(a), room)
+    y_NO, low_NR = yl[:, : b.shape[0]], yl[:, b.shape[0] :][:, : a.shape[0]]
+    kept_NR = x.new_empty(low_NR.shape)  # a copy: a view would keep all of yl
+    return add_low_rank(y_NO, low_NR, b, residual, kept_NR), kept_NR
 
 
 @_project.register_fake
-def _(x, weights, state, layout, a, b):
+def _(x, weights, state, layout, a, b, room, residual=None):
     return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
@@ -53,26 +67,29 @@ def _(x, weights, state, layout, a, b):
     "axolotl::lora_project_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, Tensor b, Tensor low, "
-    "bool need_x) -> (Tensor, Tensor, Tensor)",
+    "bool need_x, Tensor? row_scale=None) -> (Tensor, Tensor, Tensor)",
 )
-def _project_backward(grad, x, weights, state, layout, a, b, low, need_x):
-    """The gradients of x (empty unless asked for), of a (R, H) and of b (O, R)."""
-    grad_low_NR = grad @ b
-    grad_a_RH, grad_b_OR = grad_low_NR.t() @ x, grad.t() @ low
+def _project_backward(grad, x, weights, state, layout, a, b, low, need_x, row_scale=None):
+    """The gradients of x (empty unless asked for), of a (R, H) and of b (O, R).
+
+    That of a takes `x * row_scale` for x, where `row_scale` (N, 1) is given.
+    """
+    grad_low_NR, grad_b_OR = factor_gradients(grad, b, low)
+    grad_a_RH = _scaled(grad_low_NR, row_scale).t() @ x
     if not need_x:
         return x.new_empty(0), grad_a_RH, grad_b_OR
     return FrozenWeights(weights, state, layout).product_back(grad, (grad_low_NR, a)), grad_a_RH, grad_b_OR
 
 
 @_project_backward.register_fake
-def _(grad, x, weights, state, layout, a, b, low, need_x):
+def _(grad, x, weights, state, layout, a, b, low, need_x, row_scale=None):
     return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(a), torch.empty_like(b)
 
 
 def _keep(ctx, inputs, output):
-    x, weights, state, layout, a, b = inputs
+    x, weights, state, layout, a, b, _, residual = inputs
     ctx.save_for_backward(x, a, b, output[1], *weights, *state)
-    ctx.count, ctx.layout = len(weights), layout
+    ctx.count, ctx.layout, ctx.has_residual = len(weights), layout, residual is not None
 
 
 def _differentiate(ctx, grad, _):
@@ -82,7 +99,9 @@ def _differentiate(ctx, grad, _):
     grad_x, grad_a, grad_b = torch.ops.axolotl.lora_project_backward(
         grad.contiguous(), x, weights, state, ctx.layout, a, b, low, need_x
     )
-    return grad_x if need_x else None, [None] * ctx.count, [None] * len(state), None, grad_a, grad_b
+    # The dispatcher drops an argument that is its default, and then takes no gradient for it.
+    residual = [grad] if ctx.has_residual else []
+    return grad_x if need_x else None, [None] * ctx.count, [None] * len(state), None, grad_a, grad_b, None, *residual
 
 
 _project.register_autograd(_differentiate, setup_context=_keep)
@@ -112,19 +131,19 @@ def _(x, weights, state, layout, a, room):
 @torch.library.custom_op(
     "axolotl::lora_project_apart_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, int room, bool need_x) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor[] weights, Tensor[] state, int[] layout, Tensor a, int room, bool need_x, "
+    "Tensor? row_scale=None) -> (Tensor, Tensor)",
 )
-def _project_apart_backward(grad, x, weights, state, layout, a, room, need_x):
-    """The gradients of x (empty unless asked for) and of a."""
-    grad_a = grad[:, grad.shape[1] - a.shape[0] :].t() @ x
+def _project_apart_backward(grad, x, weights, state, layout, a, room, need_x, row_scale=None):
+    """The gradients of x (empty unless asked for) and of a, the latter with `row_scale` as in `_project_backward`."""
+    grad_a = _scaled(grad[:, grad.shape[1] - a.shape[0] :], row_scale).t() @ x
     if not need_x:
         return x.new_empty(0), grad_a
     return FrozenWeights(weights, state, layout).product_back_with(grad, a, room), grad_a
 
 
 @_project_apart_backward.register_fake
-def _(grad, x, weights, state, layout, a, room, need_x):
+def _(grad, x, weights, state, layout, a, room, need_x, row_scale=None):
     return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(a)
 
 
@@ -165,26 +184,29 @@ def _keeps_outputs() -> bool:
     "axolotl::lora_down",
     mutates_args=(),
     schema="(Tensor gul, Tensor b_gate, Tensor b_up, Tensor[] weights, Tensor[] state, int[] layout, "
-    "Tensor a, Tensor b, int room, str act, bool keep_low) -> (Tensor, Tensor)",
+    "Tensor a, Tensor b, int room, str act, bool keep_low, Tensor? residual=None) -> (Tensor, Tensor)",
 )
-def _down(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low):
+def _down(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low, residual=None):
     """`h W^T + (h A^T) b^T` (N, O) with `h = act(gate) * up`, and `h A^T` (N, r), or (0, r) where backward does not keep it.
 
     Gate and up get their low-rank terms here. The rows of the first output are as far apart as if both lay side by side, as they
-    come from one matmul.
+    come from one matmul; plus `residual` (N, O) in the same dtype, where it is given, it is contiguous.
     """
     h_NI = lora_gated_forward(gul, b_gate, b_up, act)
     yl = FrozenWeights(weights, state, layout).product_with(h_NI, _filled_up(a), room)
     y_NO, low_Nr = yl[:, : b.shape[0]], yl[:, b.shape[0] :][:, : a.shape[0]]
-    if a.shape[0]:
-        y_NO.addmm_(low_Nr, b.t())
-    return y_NO, low_Nr.clone() if keep_low else low_Nr.new_empty(0, a.shape[0])
+    kept_Nr = gul.new_empty(gul.shape[0] if keep_low else 0, a.shape[0])  # a copy: a view would keep all of yl
+    if residual is not None:
+        return add_low_rank(y_NO, low_Nr, b, residual, kept_Nr if keep_low else None), kept_Nr
+    if keep_low:
+        kept_Nr.copy_(low_Nr)
+    return y_NO.addmm_(low_Nr, b.t()) if a.shape[0] else y_NO, kept_Nr
 
 
 @_down.register_fake
-def _(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low):
+def _(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low, residual=None):
     num_rows, (size, rank) = gul.shape[0], b.shape
-    y_NO = gul.new_empty(num_rows, size + round_up_rank(rank))[:, :size]
+    y_NO = gul.new_empty(num_rows, size + (round_up_rank(rank) if residual is None else 0))[:, :size]
     return y_NO, gul.new_empty(num_rows if keep_low else 0, rank)
 
 
@@ -196,10 +218,13 @@ def _(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low):
 )
 def _down_backward(grad, gul, b_gate, b_up, weights, state, layout, a, b, act, low_down):
     """The gradients of gul, b_gate, b_up, a and b; `low_down` is the second output of the forward operator."""
-    is_kept = low_down.shape[0] == grad.shape[0]
     grad_h_NI = FrozenWeights(weights, state, layout).product_back(grad)
-    grads = lora_gated_backward(grad_h_NI, gul, b_gate, b_up, grad @ b, a.t().contiguous(), act, write_h=not is_kept)
-    return [*grads, grad.t() @ (low_down if is_kept else grad_h_NI @ a.t())]
+    if low_down.shape[0] == grad.shape[0]:
+        grad_low_Nr, grad_b_Or = factor_gradients(grad, b, low_down)
+        return [*lora_gated_backward(grad_h_NI, gul, b_gate, b_up, grad_low_Nr, a, act), grad_b_Or]
+    grads = lora_gated_backward(grad_h_NI, gul, b_gate, b_up, grad @ b, a, act, write_h=True)
+    h_NI = grad_h_NI
+    return [*grads, grad.t() @ (h_NI @ a.t())]
 
 
 @_down_backward.register_fake
@@ -208,10 +233,10 @@ def _(grad, gul, b_gate, b_up, weights, state, layout, a, b, act, low_down):
 
 
 def _keep_down(ctx, inputs, output):
-    gul, b_gate, b_up, weights, state, layout, a, b, _, act, keep_low = inputs
+    gul, b_gate, b_up, weights, state, layout, a, b, _, act, keep_low, residual = inputs
     # An output that is saved, be it empty, is an output that a recomputed layer needs.
     ctx.save_for_backward(gul, b_gate, b_up, a, b, output[1] if keep_low else None, *weights, *state)
-    ctx.layout, ctx.act = layout, act
+    ctx.layout, ctx.act, ctx.has_residual = layout, act, residual is not None
 
 
 def _differentiate_down(ctx, grad, _):
@@ -221,7 +246,8 @@ def _differentiate_down(ctx, grad, _):
     grad_gul, grad_gate, grad_up, grad_a, grad_b = torch.ops.axolotl.lora_down_backward(
         grad.contiguous(), gul, b_gate, b_up, [weight], state, ctx.layout, a, b, ctx.act, low_down
     )
-    return grad_gul, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None, None
+    residual = [grad] if ctx.has_residual else []  # as in `_differentiate`
+    return grad_gul, grad_gate, grad_up, [None], [None] * len(state), None, grad_a, grad_b, None, None, None, *residual
 
 
 _down.register_autograd(_differentiate_down, setup_context=_keep_down)
@@ -260,29 +286,34 @@ def _(yl, b, rows, ranks, bias_q, bias_k, bias_v, cos, sin):
 @torch.library.custom_op(
     "axolotl::lora_rotary_backward",
     mutates_args=(),
-    schema="(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor low, Tensor b, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    schema="(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor low, Tensor b, int[] ranks, Tensor cos, Tensor sin) "
+    "-> (Tensor, Tensor)",
 )
-def _rotary_backward(grad_q, grad_k, grad_v, low, b, cos, sin):
+def _rotary_backward(grad_q, grad_k, grad_v, low, b, ranks, cos, sin):
     """The gradients of yl and b, of which the blocks count; `low` (N, R) are the last columns of yl."""
-    grad_yl = lora_rotary_backward((grad_q, grad_k, grad_v), cos, sin, low.shape[1])
+    grads = (grad_q, grad_k, grad_v)
+    grad_yl = lora_rotary_backward(grads, cos, sin, low.shape[1])
     grad_y_NO, grad_low_NR = grad_yl.flatten(0, 1).split(b.shape, dim=1)
-    torch.mm(grad_y_NO, b, out=grad_low_NR)
-    return grad_yl, grad_y_NO.t() @ low
+    rows = [grad.shape[2] * grad.shape[3] for grad in grads]
+    _, grad_b_OR = factor_gradients(grad_y_NO, b, low, grad_low_NR, list(zip(rows, ranks, strict=True)))
+    return grad_yl, grad_b_OR
 
 
 @_rotary_backward.register_fake
-def _(grad_q, grad_k, grad_v, low, b, cos, sin):
+def _(grad_q, grad_k, grad_v, low, b, ranks, cos, sin):
     return grad_q.new_empty(*grad_q.shape[:2], sum(b.shape)), torch.empty_like(b)
 
 
 def _keep_rotary(ctx, inputs, output):
-    yl, b, _, _, _, _, _, cos, sin = inputs
+    yl, b, _, ranks, _, _, _, cos, sin = inputs
+    ctx.ranks = ranks
     # A copy: a view would keep all of yl.
     ctx.save_for_backward(yl.flatten(0, 1)[:, b.shape[0] :].clone(), b, cos, sin)
 
 
 def _differentiate_rotary(ctx, grad_q, grad_k, grad_v):
-    grad_yl, grad_b = torch.ops.axolotl.lora_rotary_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors)
+    low, b, cos, sin = ctx.saved_tensors
+    grad_yl, grad_b = torch.ops.axolotl.lora_rotary_backward(grad_q, grad_k, grad_v, low, b, ctx.ranks, cos, sin)
     return grad_yl, grad_b, None, None, None, None, None, None, None
 
 
@@ -319,7 +350,8 @@ def _read_adapters(
 
 def _filled_up(a: torch.Tensor) -> torch.Tensor:
     """a (R, H), then rows of zeros."""
-    return F.pad(a, (0, 0, 0, round_up_rank(a.shape[0]) - a.shape[0]))
+    more = round_up_rank(a.shape[0]) - a.shape[0]
+    return F.pad(a, (0, 0, 0, more)) if more else a
 
 
 def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
@@ -332,12 +364,13 @@ def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def project_in_graph(x: torch.Tensor, projections: list[Projection]) -> list[torch.Tensor]:
+def project_in_graph(x: torch.Tensor, projections: list[Projection], room: int = 0) -> list[torch.Tensor]:
     """All projections of one input, for use under `torch.compile`.
 
     Args:
         x: (..., H).
         projections: per projection `(W, b, quant_state, A, B, s)` as `get_lora_parameters` gives them; W and b are frozen.
+        room: rows that `lay_in_a_row` left below the weights.
 
     Returns:
         Per projection (..., O), in the dtype of autocast where it is on, else that of x.
@@ -347,9 +380,9 @@ def project_in_graph(x: torch.Tensor, projections: list[Projection]) -> list[tor
     weights, state, layout, rows = _read_frozen(projections)
     with torch.autocast(x.device.type, enabled=False):
         a_RH, b_Or = _read_adapters(projections, rows, x_NH.shape[-1], x_NH)
-        y_NO, _ = torch.ops.axolotl.lora_project(x_NH, weights, state, layout, a_RH, _block_diagonal(b_Or))
+        y_NO, _ = torch.ops.axolotl.lora_project(x_NH, weights, state, layout, a_RH, _block_diagonal(b_Or), room)
         biases = [bias for _, bias, *_ in projections]
-        first, *others = y_NO.split(rows, dim=1)
+        first, *others = y_NO.split(rows, dim=1) if len(rows) > 1 else [y_NO]
         # What is kept for backward as it is, such as the values of an attention, must not keep the others with it.
         parts = [first, *(part.clone(memory_format=torch.contiguous_format) for part in others)]
         outputs = [part if bias is None else part + bias.to(dtype) for part, bias in zip(parts, biases, strict=True)]

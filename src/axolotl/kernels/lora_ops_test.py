@@ -7,6 +7,8 @@ from axolotl.kernels.frozen_weights import lay_in_a_row
 from axolotl.kernels.lora_glu import lora_gated_backward, lora_gated_forward
 from axolotl.kernels.lora_ops import mlp_in_graph, project_in_graph
 
+NO_STATE = [0] * 5  # the layout of one dense weight
+
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
@@ -106,7 +108,55 @@ def test_projections_whose_weights_lie_in_a_row():
 def test_gated_backward_leaves_the_activation_where_it_is_asked_to():
     torch.manual_seed(0)
     gul, grad = torch.randn(5, 14 + 4), torch.randn(5, 7)
-    b_gate, b_up, grad_low, a_T = torch.randn(7, 2), torch.randn(7, 1), torch.randn(5, 4), torch.randn(7, 4)
+    b_gate, b_up, grad_low, a = torch.randn(7, 2), torch.randn(7, 1), torch.randn(5, 4), torch.randn(4, 7)
     h = lora_gated_forward(gul, b_gate, b_up, "silu")
-    lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a_T, "silu", write_h=True)
+    lora_gated_backward(grad, gul, b_gate, b_up, grad_low, a, "silu", write_h=True)
     torch.testing.assert_close(grad, h)
+
+
+def wide(*shape: int, requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
+
+
+@pytest.mark.parametrize("need_x", [True, False])
+def test_gradients_of_projections_whose_x_is_scaled_by_rows(need_x):
+    torch.manual_seed(0)
+    x, weight, a, b, low = wide(7, 6), wide(5, 6), wide(3, 6), wide(5, 3), wide(7, 3)
+    scale = torch.rand(7, 1) + 0.5
+    frozen = ([weight], [], NO_STATE)
+    for operator, arguments in (
+        (torch.ops.axolotl.lora_project_backward, (wide(7, 5), x, *frozen, a, b, low, need_x)),
+        (torch.ops.axolotl.lora_project_apart_backward, (wide(7, 5 + 3), x, *frozen, a, 0, need_x)),
+    ):
+        got = operator(*arguments, scale)
+        wanted = list(operator(*arguments))
+        wanted[1] = operator(arguments[0], x * scale, *arguments[2:])[1]
+        for mine, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+        torch.library.opcheck(operator.default, (*arguments, scale))
+
+
+def test_gradients_of_scaled_rows_are_rounded_once():
+    torch.manual_seed(0)
+    grad, x, weight = torch.randn(64, 5 + 16).bfloat16(), torch.randn(64, 32).bfloat16(), torch.randn(5, 32).bfloat16()
+    scale, a = torch.rand(64, 1) * 3, torch.randn(16, 32).bfloat16()
+    _, got = torch.ops.axolotl.lora_project_apart_backward(grad, x, [weight], [], NO_STATE, a, 0, False, scale)
+    wanted = (grad[:, 5:].float() * scale).bfloat16().t() @ x
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keep_low", [True, False])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_down_with_a_residual(rank, keep_low):
+    torch.manual_seed(0)
+    gul, residual = wide(5, 16 + 4, requires_grad=True), wide(5, 6, requires_grad=True)
+    factors = [wide(8, 2, requires_grad=True), wide(8, 1, requires_grad=True)]
+    a, b = wide(rank, 8, requires_grad=True), wide(6, rank, requires_grad=True)
+    arguments = (gul, *factors, [wide(6, 8)], [], NO_STATE, a, b, 0, "silu", keep_low)
+    ours, low = torch.ops.axolotl.lora_down(*arguments, residual)
+    plain, wanted_low = torch.ops.axolotl.lora_down(*arguments)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(low, wanted_low, rtol=0, atol=0)
+    assert_same_gradients(ours, plain + residual, [gul, *factors, *([a, b] if rank else []), residual])
+    torch.library.opcheck(torch.ops.axolotl.lora_down.default, (*arguments, residual))
+    torch.library.opcheck(torch.ops.axolotl.lora_down.default, arguments)

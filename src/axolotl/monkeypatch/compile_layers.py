@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl.exceptions import first_line
+from axolotl.kernels.lora_graph import LORA_GRAPH
 from axolotl.kernels.lora_ops import RECOMPUTED
 from axolotl.loaders.utils import plain_model
 from axolotl.monkeypatch.attention.documents import mark_used
@@ -190,8 +191,9 @@ def compile_layers(
 
 
 def _default_options() -> dict[str, Any]:
-    """For inductor on CUDA: small kernels that do not depend on each other, such as the casts of adapters, run as one."""
-    return {"options": {"combo_kernels": True}} if torch.cuda.is_available() else {}
+    """For inductor. On CUDA small kernels that do not depend on each other, such as the casts of adapters, run as one."""
+    options: dict[str, Any] = {"joint_custom_pre_pass": LORA_GRAPH}
+    return {"options": {**options, "combo_kernels": True} if torch.cuda.is_available() else options}
 
 
 def _final_norms(model: nn.Module) -> list[nn.Module]:

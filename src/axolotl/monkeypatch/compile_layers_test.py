@@ -119,7 +119,7 @@ def test_checkpointing_keeps_its_gradients_and_skips_the_last_matmul(tmp_path, m
     calls, formed = [], []
     forward, backward = lora_ops.lora_gated_forward, lora_ops.lora_gated_backward
 
-    def spy(*args, write_h):
+    def spy(*args, write_h=False):
         formed.append(write_h)
         return backward(*args, write_h=write_h)
 

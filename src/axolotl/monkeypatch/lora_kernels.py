@@ -414,6 +414,7 @@ def _patch_attentions(attentions: list[nn.Module], cfg: DictDefault) -> None:
         become(
             attention,
             adapter_room=_join(_children(attention, QKV)) if qkv and qkv[at] is None else 0,
+            adapter_room_o=_join([attention.o_proj]) if out and out[at] is None else 0,
             forward=forward,
             apply_qkv=apply_lora_qkv if qkv and qkv[at] is None else original_apply_qkv,
             apply_qkv_rotated=apply_lora_qkv_rotated,
