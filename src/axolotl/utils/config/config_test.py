@@ -56,6 +56,13 @@ class TestValidate:
         assert cfg.seed == 42 and reason(cfg, "seed")
         assert "wandb_project" not in cfg and cfg.wandb_project is None
 
+    def test_paths_of_the_home_folder(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        paths = {"base_model": "~/base", "output_dir": "~/runs/1", "dataset_prepared_path": "~prep"}
+        cfg = validate_config(DictDefault({**CONFIG, **paths}))
+        assert cfg.base_model == "/home/me/base" and cfg.output_dir == "/home/me/runs/1"
+        assert cfg.dataset_prepared_path == "~prep"
+
     def test_what_is_written_stays_as_it_was(self):
         written = DictDefault(CONFIG)
         validate_config(written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,7 @@ def validate_config(
 def _validated(cfg: DictDefault) -> DictDefault:
     """`cfg`, which is changed, brought to today's names, typed, checked and completed."""
     _forget_derived(cfg)
+    _expand_home(cfg)
     problems = apply_renames(cfg)
     problems += _plugin_problems(cfg)
     models = merge_input_args() if _plugin_names(cfg) else (AxolotlConfigWCapabilities, AxolotlInputConfig)
@@ -105,6 +107,13 @@ def _validated(cfg: DictDefault) -> DictDefault:
         if typed[key]:
             result[key] = {name: value for name, value in typed[key].items() if value is not None}
     return result
+
+
+def _expand_home(cfg: DictDefault) -> None:
+    """Let `~/` begin any path at the top of a config, as in a shell. Left as it is, it would name a folder `~` here."""
+    for key, value in cfg.items():
+        if isinstance(value, str) and value.startswith("~/"):
+            cfg[key] = os.path.expanduser(value)
 
 
 def _forget_derived(cfg: DictDefault) -> None:
