@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from axolotl.kernels.lora_glu import _load_factor, _padded
+from axolotl.kernels.lora_factors import _load_factor, _padded
 from axolotl.kernels.utils import jit, runs_triton, tl, triton
 
 HEAD_SIZES = (64, 128, 256)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from axolotl.kernels.lora_glu import MAX_RANK, Tile, _grid, _load_factor, _padded
+from axolotl.kernels.lora_factors import _load_factor, _padded
+from axolotl.kernels.lora_glu import MAX_RANK, Tile, _grid
 from axolotl.kernels.utils import jit, runs_triton, tl
 
 # By the highest rank that they serve; they fit into the shared memory of smaller GPUs.
