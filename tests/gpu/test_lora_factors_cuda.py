@@ -56,7 +56,8 @@ def test_factor_gradients(rows, columns, room, rank, dtype, fused):
     assert (wide[:, :4] == 7.0).all() and (wide[:, 4 + rank :] == 7.0).all()
     for mine, wanted in zip(got, (grad.double() @ b.double(), grad.double().T @ low.double()), strict=True):
         assert mine.dtype == dtype and mine.shape == wanted.shape
-        assert error(mine, wanted) < 2 * torch.finfo(dtype).eps  # those of cuBLAS beyond the highest rank too
+        # Beyond the highest rank cuBLAS forms them, which may round its partial sums.
+        assert error(mine, wanted) < (1 if fused else 2) * torch.finfo(dtype).eps
     for mine, again in zip(got, factor_gradients(grad, b, low), strict=True):
         assert torch.equal(mine, again)
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-import axolotl.kernels.lora_ops  # noqa: F401  (registers the operator of the rotation)
 from axolotl.kernels.frozen_weights import lie_in_a_row, stack
+from axolotl.kernels.lora_ops import rotate_in_graph
 from axolotl.kernels.utils import compute_dtype
 
 
@@ -127,5 +127,4 @@ def joined_linear_rotated(
     rows = [weight.shape[0] for weight in weights]
     y = _multiply(x, weights)
     no_adapter = y.new_empty(sum(rows), 0)
-    query, key, value = torch.ops.axolotl.lora_rotary(y, no_adapter, rows, [0, 0, 0], None, None, None, cos, sin)
-    return query, key, value.flatten(2)
+    return rotate_in_graph(y, no_adapter, rows, [0, 0, 0], [None, None, None], cos, sin)

@@ -103,8 +103,8 @@ def make(model_type: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     return apply_lora_kernel_patches(model, DictDefault(KERNELS)).train()
 
 
-def gradients(model: torch.nn.Module, *shape: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, model.config.vocab_size, shape or (2, 24), generator=torch.Generator().manual_seed(0))
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, model.config.vocab_size, (8, 96), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -136,7 +136,7 @@ def test_layers_form_no_norm_again(model_type, dtype, tmp_path):
         assert model_type == "gemma3_text" or [norms_formed(graph) > 0 for graph in layers] == [not is_passed] * 2
         # What follows Gemma's attention and MLP is a norm, not a sum.
         assert sums(recorder.forward) == [is_passed and model_type != "gemma3_text"] * 4
-    assert far(after, wanted) <= max(1.5 * far(before, wanted), 1e-5)  # by chance, of so few numbers
+    assert far(after, wanted) <= max(1.2 * far(before, wanted), 1e-5)
 
 
 def test_checkpointed_layers_leave_out_their_end(tmp_path):
@@ -150,7 +150,7 @@ def test_checkpointed_layers_leave_out_their_end(tmp_path):
     # The norms are formed again for what runs again.
     assert scaled(passed.backward) == [False] * 3
     assert [len(graph.graph.nodes) for graph in passed.backward] == [len(graph.graph.nodes) for graph in plain.backward]
-    assert far(after, wanted) <= 1.5 * far(before, wanted)
+    assert far(after, wanted) <= 1.2 * far(before, wanted)
 
 
 def test_what_is_kept_for_backward_stays(tmp_path):

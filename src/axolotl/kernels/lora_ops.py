@@ -407,6 +407,33 @@ def rotates_in_graph(
     return not x.is_cuda or has_kernel(compute_dtype("cuda", x.dtype), head_size, ranks)
 
 
+def rotate_in_graph(
+    yl: torch.Tensor,
+    b: torch.Tensor,
+    rows: list[int],
+    ranks: list[int],
+    biases: list[torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys with their positions, and values, of one output of the three; where `rotates_in_graph`.
+
+    Args:
+        yl: (B, T, O + R), the three side by side, then their low-rank inputs.
+        b: (O, R), block-diagonal, whose products with those are added.
+        rows: features of each of the three, O together.
+        ranks: of each, 0 for none.
+        biases: of each (features,), or None; frozen.
+        cos: (B, T, D) or (1, T, D), where D are the features of a head.
+        sin: as `cos`.
+
+    Returns:
+        Queries and keys (B, T, heads, D) and values (B, T, O), each a memory of its own.
+    """
+    query, key, value = torch.ops.axolotl.lora_rotary(yl, b, rows, ranks, *biases, cos, sin)
+    return query, key, value.flatten(2)
+
+
 def project_rotated_in_graph(
     x: torch.Tensor, projections: list[Projection], cos: torch.Tensor, sin: torch.Tensor, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -432,8 +459,7 @@ def project_rotated_in_graph(
         yl = yl.view(*x.shape[:-1], yl.shape[-1])
         ranks = [b.shape[1] for b in b_Or]
         b_OR = F.pad(_block_diagonal(b_Or), (0, round_up_rank(sum(ranks)) - sum(ranks)))
-        query, key, value = torch.ops.axolotl.lora_rotary(yl, b_OR, rows, ranks, *biases, cos, sin)
-    return query, key, value.flatten(2)
+        return rotate_in_graph(yl, b_OR, rows, ranks, biases, cos, sin)
 
 
 def mlp_in_graph(
