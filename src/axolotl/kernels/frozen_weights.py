@@ -184,9 +184,16 @@ def rows_of(weights: list[torch.Tensor], layout: list[int]) -> list[int]:
     return [layout[index * each] or weight.shape[0] for index, weight in enumerate(weights)]
 
 
-def round_up_rank(rank: int) -> int:
-    """So that rows which hold a low-rank input beside something else are 32 bytes apart in half precision."""
-    return -(-rank // 16) * 16
+def round_up_rank(rank: int, *, alone: bool = False) -> int:
+    """So that rows which hold a low-rank input beside something else are 32 bytes apart in half precision.
+
+    Args:
+        rank: of the adapters of all projections.
+        alone: whether there is one projection. Where the number of its outputs is a multiple of 64, cuBLAS takes tiles that make
+            its matmul 4 to 5 percent faster on an H200; the wider ones of several gain nothing.
+    """
+    multiple = 64 if alone else 16
+    return -(-rank // multiple) * multiple
 
 
 def lay_in_a_row(weights: list[torch.nn.Parameter], room: int = 0) -> None:

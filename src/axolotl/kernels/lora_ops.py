@@ -52,7 +52,7 @@ def _project(x, weights, state, layout, a, b, room, residual=None):
     if residual is None:
         low_NR = x @ a.t()
         return frozen.product(x, (low_NR, b.t())), low_NR
-    yl = frozen.product_with(x, _filled_up(a), room)
+    yl = frozen.product_with(x, _filled_up(a, alone=len(weights) == 1), room)
     y_NO, low_NR = yl[:, : b.shape[0]], yl[:, b.shape[0] :][:, : a.shape[0]]
     kept_NR = x.new_empty(low_NR.shape)  # a copy: a view would keep all of yl
     return add_low_rank(y_NO, low_NR, b, residual, kept_NR), kept_NR
@@ -193,7 +193,7 @@ def _down(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low, 
     come from one matmul; plus `residual` (N, O) in the same dtype, where it is given, it is contiguous.
     """
     h_NI = lora_gated_forward(gul, b_gate, b_up, act)
-    yl = FrozenWeights(weights, state, layout).product_with(h_NI, _filled_up(a), room)
+    yl = FrozenWeights(weights, state, layout).product_with(h_NI, _filled_up(a, alone=True), room)
     y_NO, low_Nr = yl[:, : b.shape[0]], yl[:, b.shape[0] :][:, : a.shape[0]]
     kept_Nr = gul.new_empty(gul.shape[0] if keep_low else 0, a.shape[0])  # a copy: a view would keep all of yl
     if residual is not None:
@@ -206,7 +206,7 @@ def _down(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low, 
 @_down.register_fake
 def _(gul, b_gate, b_up, weights, state, layout, a, b, room, act, keep_low, residual=None):
     num_rows, (size, rank) = gul.shape[0], b.shape
-    y_NO = gul.new_empty(num_rows, size + (round_up_rank(rank) if residual is None else 0))[:, :size]
+    y_NO = gul.new_empty(num_rows, size + (round_up_rank(rank, alone=True) if residual is None else 0))[:, :size]
     return y_NO, gul.new_empty(num_rows if keep_low else 0, rank)
 
 
@@ -348,9 +348,9 @@ def _read_adapters(
     return a_RH, b_Or
 
 
-def _filled_up(a: torch.Tensor) -> torch.Tensor:
-    """a (R, H), then rows of zeros."""
-    more = round_up_rank(a.shape[0]) - a.shape[0]
+def _filled_up(a: torch.Tensor, *, alone: bool = False) -> torch.Tensor:
+    """a (R, H), then rows of zeros; `alone` as in `round_up_rank`."""
+    more = round_up_rank(a.shape[0], alone=alone) - a.shape[0]
     return F.pad(a, (0, 0, 0, more)) if more else a
 
 

@@ -32,7 +32,8 @@ def _sum_kernel(
     row = tl.arange(0, ROWS)
     at_y = row[:, None] * y_stride + columns[None, :]
     at = row[:, None] * num_columns + columns[None, :]
-    first = tl.program_id(1) * (TILES * ROWS)
+    # From the last row up: the norm that follows begins with the first, and finds it in the cache.
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * (TILES * ROWS)
     for start in tl.range(first, tl.minimum(first + TILES * ROWS, num_rows), ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         inside = ((start + row)[:, None] < num_rows) & (columns[None, :] < num_columns)
         wide = tl.cast(start, tl.int64)

@@ -335,7 +335,7 @@ def _join(projections: list[nn.Module]) -> int:
     if not alike or not all(w.is_cuda and w.is_floating_point() and w.is_contiguous() for w in weights):
         return 0
     ranks = sum(max(proj.r.values()) for proj in projections if isinstance(proj, LoraLayer))
-    room = round_up_rank(ranks)
+    room = round_up_rank(ranks, alone=len(projections) == 1)
     lay_in_a_row(weights, room)
     return room
 
