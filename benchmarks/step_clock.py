@@ -25,12 +25,13 @@ TOKENS_OF_ROWS = "tokens_of_rows"
 """Log entry: tokens since the start, counted in the rows."""
 
 VERSIONS = (
-    "torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "flash-attn", "xformers", "axolotl", "unsloth",
-    "unsloth_zoo", "llamafactory",
+    "torch", "triton", "transformers", "peft", "trl", "datasets", "bitsandbytes", "liger-kernel", "flash-attn", "flash-attn-4",
+    "xformers", "axolotl", "unsloth", "unsloth_zoo", "llamafactory",
 )  # fmt: skip
 
 
 def installed_versions() -> dict[str, str]:
+    """Of the distributions in `VERSIONS`: flash-attn-4 and flash-attn 2 are both the module `flash_attn`."""
     found = {"python": platform.python_version()}
     for name in VERSIONS:
         try:

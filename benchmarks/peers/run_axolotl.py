@@ -6,13 +6,13 @@ The YAML is the same but for what makes it fast there: the Liger plugin and its 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from step_clock import installed_versions
 
 LIGER = {
     "liger_rope": True,
@@ -27,7 +27,7 @@ def translated(cfg: dict[str, Any]) -> dict[str, Any]:
     cfg = {key: value for key, value in cfg.items() if key not in ("fp8", "flash_attention", "torch_compile")}
     cfg["plugins"] = ["axolotl.integrations.liger.LigerPlugin", *cfg["plugins"]]
     cfg |= LIGER | (KERNELS if cfg.get("adapter") else {})
-    cfg["flash_attention" if importlib.util.find_spec("flash_attn") else "sdp_attention"] = True
+    cfg["flash_attention" if "flash-attn" in installed_versions() else "sdp_attention"] = True
     return cfg
 
 

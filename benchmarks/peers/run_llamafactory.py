@@ -8,7 +8,6 @@ takes a callback. LoRA, QLoRA, all weights and packed rows have run on a CPU wit
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, Features, Sequence, Value
-from step_clock import StepClock, tokens_by_step
+from step_clock import StepClock, installed_versions, tokens_by_step
 
 COLUMNS = ("input_ids", "attention_mask", "labels")
 MULTIPLE = 8  # of a batch's length, in its collator, which pads all columns but the positions
@@ -97,8 +96,8 @@ def translated(cfg: dict[str, Any], tokenized: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_gradient_checkpointing": not cfg.get("gradient_checkpointing"),
-        "flash_attn": "fa2" if importlib.util.find_spec("flash_attn") else "sdpa",
-        "enable_liger_kernel": has_gpu and importlib.util.find_spec("liger_kernel") is not None,
+        "flash_attn": "fa2" if "flash-attn" in installed_versions() else "sdpa",
+        "enable_liger_kernel": has_gpu and "liger-kernel" in installed_versions(),
     }
     if cfg.get("adapter"):
         keys |= {"finetuning_type": "lora", "lora_rank": cfg["lora_r"], "lora_alpha": cfg["lora_alpha"]}

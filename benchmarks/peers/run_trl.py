@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig
-from sft import installed, read_config, train
+from sft import read_config, train
+from step_clock import installed_versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
@@ -27,7 +28,7 @@ def main() -> None:
         cfg["base_model"],
         dtype="auto",
         device_map={"": 0} if has_gpu else None,
-        attn_implementation="flash_attention_2" if installed("flash_attn") else "sdpa",
+        attn_implementation="flash_attention_2" if "flash-attn" in installed_versions() else "sdpa",
         **keys,
     )
     lora = None
@@ -42,7 +43,7 @@ def main() -> None:
         peft_config=lora,
         gradient_checkpointing=bool(cfg.get("gradient_checkpointing")),
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        use_liger_kernel=has_gpu and installed("liger_kernel"),
+        use_liger_kernel=has_gpu and "liger-kernel" in installed_versions(),
     )
 
 

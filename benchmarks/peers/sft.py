@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,6 @@ from trl import SFTConfig, SFTTrainer
 def read_config() -> dict[str, Any]:
     """The YAML named on the command line."""
     return yaml.safe_load(Path(sys.argv[1]).read_text())
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def read_rows(cfg: dict[str, Any]) -> Dataset:
