@@ -307,8 +307,10 @@ def _(grad_q, grad_k, grad_v, low, b, ranks, cos, sin):
 def _keep_rotary(ctx, inputs, output):
     yl, b, _, ranks, _, _, _, cos, sin = inputs
     ctx.ranks = ranks
-    # A copy: a view would keep all of yl.
-    ctx.save_for_backward(yl.flatten(0, 1)[:, b.shape[0] :].clone(), b, cos, sin)
+    # A copy: a view would keep all of yl. Of nothing, the compiler makes a view again.
+    size, rank = b.shape
+    low = yl.flatten(0, 1)[:, size:].clone() if rank else yl.new_empty(yl.shape[:2].numel(), 0)
+    ctx.save_for_backward(low, b, cos, sin)
 
 
 def _differentiate_rotary(ctx, grad_q, grad_k, grad_v):

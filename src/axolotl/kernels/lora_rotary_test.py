@@ -105,16 +105,19 @@ def test_what_is_rotated_is_rounded_first(table_dtype):
         torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
-def test_nothing_keeps_what_the_joint_matmul_wrote():
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("ranks", [(4, 2, 3), (0, 0, 0)])
+def test_nothing_keeps_what_the_joint_matmul_wrote(ranks, backend):
     torch.manual_seed(0)
-    ranks = (4, 2, 3)
     projections = make_projections(ranks, (False,) * 3)
     x, tables = torch.randn(1, 50, 6, dtype=torch.float64, requires_grad=True), make_tables(1, 50)
     kept = []
+    torch._dynamo.reset()
+    project = torch.compile(project_rotated_in_graph, backend=backend)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
     ):
-        outputs = project_rotated_in_graph(x, projections, *tables)
+        outputs = project(x, projections, *tables)
     joint = 50 * (sum(WIDTHS) + round_up_rank(sum(ranks))) * 8
     assert kept and max(kept) < joint
     assert len({output.untyped_storage().data_ptr() for output in outputs}) == 3
