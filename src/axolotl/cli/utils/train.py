@@ -7,7 +7,6 @@ import secrets
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from axolotl.run.children import run_child
 from axolotl.utils.logging import get_logger
 from axolotl.utils.processes import LAUNCHER_PID
 from axolotl.utils.redact import redact_secrets
+from axolotl.utils.temporary import temporary_folder
 
 LOG = get_logger(__name__)
 
@@ -55,7 +55,7 @@ def generate_config_files(config: str, sweep: str | None) -> Iterator[tuple[str,
 
     Yields:
         A tuple of the configuration file name and a boolean indicating whether this is a group of configurations (i.e., a
-        sweep). A run of a sweep has `output_dir: <output_dir of the config>/sweepNNNN`.
+        sweep), whose files last as long as this process. A run of a sweep has `output_dir: <output_dir of the config>/sweepNNNN`.
     """
     if not sweep:
         yield config, False
@@ -67,7 +67,7 @@ def generate_config_files(config: str, sweep: str | None) -> Iterator[tuple[str,
 
     base_config, sweep_config = read_config(config), read_config(sweep)
     runs = generate_sweep_configs(base_config, sweep_config)
-    folder = Path(tempfile.mkdtemp(prefix="axolotl-sweep-"))
+    folder = temporary_folder("axolotl-sweep-")
     for number, run in enumerate(runs, 1):
         name = f"sweep{number:04d}"
         run["output_dir"] = str(Path(run.get("output_dir") or "./model-out") / name)
