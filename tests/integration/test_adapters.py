@@ -193,6 +193,7 @@ KINDS = {
     "token rows": ("llama", {"peft_trainable_token_indices": [7, 8]}),
     "token rows by name": ("llama", {"peft_trainable_token_indices": {"embed_tokens": [7], "lm_head": [8]}}),
     "token rows, tied": ("tied", {"peft_trainable_token_indices": [7, 8], "peft_ensure_weight_tying": True}),
+    "tied pair": ("tied", {"lora_target_modules": ["q_proj", "embed_tokens"], "peft_ensure_weight_tying": True}),
     "saved modules": ("llama", {"lora_modules_to_save": ["embed_tokens", "lm_head"]}),
     "saved modules, tied": ("tied", {"lora_modules_to_save": ["embed_tokens"], "peft_ensure_weight_tying": True}),
     "new tokens": ("llama", {"lora_modules_to_save": ["embed_tokens", "lm_head"], "tokens": ["<a>", "<b>"]}),

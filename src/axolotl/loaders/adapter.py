@@ -27,6 +27,7 @@ from axolotl.loaders.adapter_config import (
 )
 from axolotl.loaders.adapter_init import load_trained, save_as_difference, start_with_loftq, takes_out_of_base
 from axolotl.loaders.data_starts import DATA_STARTS, DataStart, start_from_data, take_ranks
+from axolotl.loaders.tied_factors import share_tied_factors
 from axolotl.loaders.utils import LORA_ADAPTERS
 from axolotl.utils.dict import DictDefault, note_choice
 from axolotl.utils.logging import get_logger
@@ -129,6 +130,7 @@ def _start(model: nn.Module, config: PeftConfig, cfg: DictDefault) -> PeftModel:
     assert isinstance(adapted, PeftModel)
     if not isinstance(config, LoraConfig):
         return adapted
+    share_tied_factors(adapted)
     init = cfg.peft_init_lora_weights if cfg.peft_init_lora_weights in DATA_STARTS else config.init_lora_weights
     if takes_out_of_base(init):
         save_as_difference(adapted)
@@ -166,6 +168,7 @@ def _load_trained(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> 
     config = adapted.peft_config["default"]
     if not isinstance(config, LoraConfig):
         return adapted, config
+    share_tied_factors(adapted)
     for key, mine, theirs in (("lora_r", cfg.lora_r, config.r), ("lora_alpha", cfg.lora_alpha, config.lora_alpha)):
         if mine is not None and mine != theirs:
             note_choice(
