@@ -28,6 +28,7 @@ from axolotl.monkeypatch.attention.documents import (
 from axolotl.monkeypatch.attention.flex import apply_flex_compile_kwargs
 from axolotl.monkeypatch.attention.scaled_softmax import apply_scaling_softmax
 from axolotl.monkeypatch.compile_layers import apply_torch_compile
+from axolotl.monkeypatch.four_bit_blocks import replace_cpu_dequantization
 from axolotl.monkeypatch.fp8_base import apply_fp8_base
 from axolotl.monkeypatch.fp8_linear import apply_fp8_training
 from axolotl.monkeypatch.gradient_checkpointing.choose import why_not_offloaded_by_default
@@ -103,6 +104,10 @@ def _keep_four_bits_unpacked(cfg: DictDefault, model: nn.Module | None) -> None:
     for module in model.modules() if model is not None else ():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
+
+
+def _dequantize_across_rows(cfg: DictDefault, model: nn.Module | None) -> None:
+    replace_cpu_dequantization()
 
 
 def _wants_lora_kernels(cfg: DictDefault) -> bool:
@@ -256,6 +261,15 @@ LEDGER: tuple[Patch, ...] = (
         stage="post_model_build",
         condition=lambda cfg: bool(cfg.load_in_4bit),
         apply=_keep_four_bits_unpacked,
+    ),
+    Patch(
+        name="blocks of 4-bit weights on a CPU",
+        what="the CPU kernel of the operator `bitsandbytes::dequantize_4bit`",
+        why="it reads weights wrongly whose width is no multiple of the block size, as blocks go on across the ends of rows",
+        until="bitsandbytes (0.50.2 does not) makes such weights dense as it packed them",
+        stage="post_model_build",
+        condition=lambda cfg: bool(cfg.load_in_4bit) and not torch.cuda.is_available(),
+        apply=_dequantize_across_rows,
     ),
     Patch(
         name="LoRA kernels",

@@ -129,6 +129,31 @@ def test_merged_logits_are_the_adapters(name, tmp_path):
     assert (expected - logits(base)).abs().max() > 1e-2  # the adapter says something that a lost merge would not
 
 
+@pytest.mark.parametrize("shape", [(64, 32), (48, 96), (8, 4304), (8, 3420), (64, 128)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_blocks_that_reach_over_the_end_of_a_row_are_read_right(shape, double_quant):
+    """The largest rounding of NF4 is half of the widest gap between its values, times the largest weight of the block."""
+    pytest.importorskip("bitsandbytes")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    error = FourBit(double_quant=double_quant, compute_dtype=torch.float32).round_trip(weight) - weight
+    blocks = [part.abs().max() for part in weight.reshape(-1).split(64)]
+    largest = torch.stack(blocks).repeat_interleave(64)[: weight.numel()].reshape(shape)
+    assert bool((error.abs() <= 0.18 * largest).all())
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_end_of_a_tied_pair_was_trained_on_the_base_it_brings(target, tmp_path):
+    base = save_base(tmp_path / "base", CONFIGS["tied"])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", target]))
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge_adapter(base, tmp_path / "adapter", tmp_path / "merged").logits.relative < 1e-5
+    rounded = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.bfloat16().float()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged.get_input_embeddings().weight, rounded, rtol=0, atol=0)
+    torch.testing.assert_close(merged.get_output_embeddings().weight, rounded, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
     "lora",

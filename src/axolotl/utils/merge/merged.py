@@ -142,6 +142,12 @@ class MergedModel:
     def _read_base(self, param: str) -> torch.Tensor:
         """A parameter of the base model as it was while the adapter was trained."""
         stored = self._stored_name(param)
+        if self.tied and param in (self.in_name, self.out_name):
+            # An adapter on one end brings that end's base along, in training's precision, and PEFT loads it for both.
+            for end in filter(None, (self.in_name, self.out_name)):
+                key = f"{PEFT_PREFIX}{end.removesuffix('.weight')}.base_layer.weight"
+                if key in self.adapter.store.tensors:
+                    return self.adapter.store.read(key)
         if stored is None and param in self.names.group_of_param:
             return self._read_group(self.names.group_of_param[param])[param]
         if stored is None:

@@ -79,7 +79,7 @@ class TrainedBase:
         config: of the trained model; its vocabulary is the one the adapter was trained with.
         num_rows: rows of its embedding, below which all token ids of the comparison are drawn.
         trained_on: how it was quantized in training, when the merge reproduces that.
-        rounded: its quantized weights. With 8 bits the reference has them too, but not the rounded inputs that go with them.
+        rounded: its quantized weights, which the reference has rounded, too; but not the rounded inputs that go with 8 bits.
         trust_remote_code: whether its code may run.
     """
 
@@ -93,19 +93,12 @@ class TrainedBase:
 
     def load(self, dtype: torch.dtype) -> Any:
         """The model, to compute in `dtype`."""
-        trained_on = self.trained_on
-        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
-        if isinstance(trained_on, FourBit):
-            kwargs.update(dtype=trained_on.compute_dtype, quantization_config=trained_on.to_transformers())
-        model = self.model_class.from_pretrained(self.folder, **kwargs)
-        if isinstance(trained_on, FourBit):
-            for parameter in model.parameters():
-                if parameter.is_floating_point():  # what is not quantized
-                    parameter.data = parameter.data.to(dtype)
-        elif trained_on is not None:
+        model = self.model_class.from_pretrained(self.folder, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        if self.trained_on is not None:
+            # Not with the layers of bitsandbytes, which a CPU runs by other numbers than a GPU does: see `four_bit`.
             for name in self.rounded:
                 weight = model.get_parameter(name)
-                weight.data.copy_(trained_on.round_trip(weight.data))
+                weight.data.copy_(self.trained_on.round_trip(weight.data))
         keep_4bit_layout(model)
         return model
 
