@@ -64,7 +64,7 @@ class PromptTokenizingStrategy(abc.ABC):
         prompter: builds the text of a row.
         tokenizer: any transformers tokenizer.
         train_on_inputs: whether the prompt is learnt too.
-        sequence_len: text is truncated to this many tokens.
+        sequence_len: rows longer than this are for the length policy.
     """
 
     filter_rows: Callable | None = None
@@ -104,7 +104,8 @@ class PromptTokenizingStrategy(abc.ABC):
     def _tokenize_texts(
         self, texts: Sequence[str], add_eos_token: bool = True, strip_bos_token: bool = False
     ) -> list[Tokenized]:
-        """Tokenize many texts at once, each truncated at `max_length`.
+        """Tokenize many texts at once. One that is longer than `max_length` stays longer, also without its BOS, so that the length
+        policy sees it; what is cut off comes two tokens later.
 
         Args:
             texts: an empty text gives empty lists.
@@ -124,7 +125,7 @@ class PromptTokenizingStrategy(abc.ABC):
     ) -> list[list[int]]:
         """The ids alone; see `_tokenize_texts`."""
         full = [text for text in texts if text]
-        encoded = iter(encode_texts(self.tokenizer, full, self.max_length) if full else ())
+        encoded = iter(encode_texts(self.tokenizer, full, self.max_length + 2) if full else ())
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         rows: list[list[int]] = []
         for text in texts:

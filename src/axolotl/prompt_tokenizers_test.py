@@ -65,7 +65,7 @@ def test_eos_only_where_it_is_missing_and_there_is_room():
     assert strategy._tokenize("Hello</s>")["input_ids"].count(eos) == 1
     assert strategy._tokenize("Hello")["input_ids"][-1] == eos
     full = strategy._tokenize("Hello, how are you? I am fine.")["input_ids"]
-    assert len(full) == 4 and eos not in full
+    assert len(full) > 4 and eos not in full
     assert strategy._tokenize("Hello", add_eos_token=False)["input_ids"][-1] != eos
     assert strategy._tokenize("Hello", strip_bos_token=True)["input_ids"][0] != TOKENIZER.bos_token_id
 

@@ -36,6 +36,8 @@ from axolotl.utils.chat_templates.messages import (
     for_template,
     join_parts,
     names_read_by,
+    read_details,
+    read_flag,
     read_messages,
     read_tools,
     read_turn,
@@ -55,6 +57,7 @@ _MISTRAL = "axolotl.prompt_strategies.mistral_chat"  # which is built upon this 
 __getattr__, __dir__ = lazy_names(__name__, {"MistralPrompter": _MISTRAL, "MistralStrategy": _MISTRAL})
 
 IGNORE_TOKEN_ID = IGNORE_INDEX
+NAMES_OF_COLUMNS = ("field_system", "field_tools")
 NAMES_OF_PROPERTIES = ("message_field_training", "message_field_training_detail", "field_thinking")
 TRAIN_ON_END = ("all", "turn", "last", "none", None)
 
@@ -74,7 +77,7 @@ class ChatTemplatePrompter(Prompter):
         field_system: column with a system prompt, used where the messages have none.
         field_tools: column with the tools.
         field_thinking: key of a message with its reasoning.
-        roles: role that the template knows -> roles of the messages that become it.
+        roles: role that the template knows -> the role, or the roles, of the messages that become it.
         template_thinking_key: key under which the template reads the reasoning.
         chat_template_kwargs: further variables for the template.
         drop_system_message: leave out the system message of the row.
@@ -93,13 +96,19 @@ class ChatTemplatePrompter(Prompter):
         field_system: str = "system",
         field_tools: str = "tools",
         field_thinking: str = "reasoning_content",
-        roles: Mapping[str, Sequence[str]] | None = None,
+        roles: Mapping[str, str | Sequence[str]] | None = None,
         template_thinking_key: str | None = "reasoning_content",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         drop_system_message: bool = False,
     ):
         self.roles = (
-            {source: target for target, sources in roles.items() for source in sources} if roles else DEFAULT_ROLES
+            {
+                source: target
+                for target, sources in roles.items()
+                for source in ([sources] if isinstance(sources, str) else sources)
+            }
+            if roles
+            else DEFAULT_ROLES
         )
         self.message_property_mappings = dict(message_property_mappings or {"role": "role", "content": "content"})
         if template_thinking_key and field_thinking:
@@ -410,19 +419,10 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         """The turns of a row, as the template reads them, with the keys that decide on their labels."""
         prompter = self.prompter
         messages = read_messages(prompt, prompter.field_messages)
-        turns = []
-        for message in messages:
-            turn = self.transform_message(message)
-            for key, source in (
-                (TRAINING, prompter.message_field_training),
-                (TRAINING_DETAIL, prompter.message_field_training_detail),
-            ):
-                if source and message.get(source) is not None:
-                    turn[key] = message[source]
-            turns.append(turn)
-        system = prompt.get(prompter.field_system)
-        if isinstance(system, str) and turns[0].get("role") != "system":
-            turns.insert(0, {"role": "system", "content": system})
+        turns = [self.transform_message(message) for message in messages]
+        if turns[0].get("role") != "system":
+            system = self._get_system(prompt)
+            turns[:0] = [] if system is None else [{"role": "system", "content": system}]
         if prompter.drop_system_message and turns[0].get("role") == "system":
             turns = turns[1:]
         if not turns:
@@ -432,7 +432,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
         return turns
 
     def transform_message(self, message: Mapping[str, Any]) -> Turn:
-        """A message of a row as a turn."""
+        """A message of a row as a turn, with the keys that decide on its labels."""
         prompter = self.prompter
         turn = read_turn(
             message, prompter.message_property_mappings, prompter.roles, prompter.chat_template_msg_variables
@@ -457,6 +457,12 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
             for key, detail_key in (("content", TRAINING_DETAIL), (thinking_key, THINKING_DETAIL)):
                 if detail_key not in turn and isinstance(turn.get(key), str) and turn[key]:
                     turn[detail_key] = [{"begin_offset": 0, "end_offset": len(turn[key]) - 1, "train": learnt}]
+        for key, source, read in (
+            (TRAINING, prompter.message_field_training, read_flag),
+            (TRAINING_DETAIL, prompter.message_field_training_detail, read_details),
+        ):
+            if source and message.get(source) is not None:
+                turn[key] = read(message[source], f"`{source}` of a message")
         if self.split_thinking and turn["role"] == "assistant":
             split_thinking(turn, thinking_key)
         for key, value in (("tool_calls", message.get("tool_calls")), (thinking_key, turn.get(thinking_key))):
@@ -475,6 +481,19 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
                 f"as it is. If it stands for one of them, say so in the dataset, such as `roles: {{assistant: [{role}]}}`.",
             )
 
+    def _get_system(self, prompt: Mapping[str, Any]) -> str | None:
+        """The system text of a row that has its own field for it: text, or a list of parts."""
+        system = prompt.get(self.prompter.field_system)
+        if system is None or isinstance(system, str):
+            return system
+        joined = join_parts(system, False) if isinstance(system, list) else None
+        if joined is None:
+            raise DatasetError(
+                f"The field `{self.prompter.field_system}` is {describe_value(system)}, but it must be text. If it is no system text, "
+                "rename it."
+            )
+        return joined[0]
+
     def _get_tools(self, prompt: Mapping[str, Any]) -> list | None:
         tools = read_tools(prompt, self.prompter.field_tools)
         if tools and not self.prompter.writes_tools:
@@ -491,7 +510,7 @@ class ChatTemplateStrategy(PromptTokenizingStrategy):
 
     def _learns(self, turn: Turn) -> bool:
         if turn.get(TRAINING) is not None:
-            return bool(turn[TRAINING])
+            return turn[TRAINING]
         details = [*(turn.get(TRAINING_DETAIL) or ()), *(turn.get(THINKING_DETAIL) or ())]
         if details:
             return any(detail["train"] for detail in details)
@@ -630,15 +649,17 @@ class StrategyLoader:
                 # Also a list without a tool in it chooses the template of conversations with tools.
                 renders.append(partial(prompter.render, tools=[]))
         params = self._get_strategy_params(cfg, dataset)
-        open_end = not params["eot_tokens"] and params["train_on_eot"] is None and params["train_on_eos"] != "none"
+        eos_rule, eot_rule = params["train_on_eos"], params["train_on_eot"]
+        open_end = not params["eot_tokens"] and not {eos_rule, eot_rule} <= {"none", None}
         if has_template and open_end:
-            params["eot_tokens"] = end_tokens_of(tokenizer, renders, cfg)
+            params["eot_tokens"] = end_tokens_of(tokenizer, renders, cfg, with_eos=eot_rule in (None, eos_rule))
         strategy = self._get_strategy_cls(cfg)(prompter, tokenizer=tokenizer, **params)
         strategy.dataset_name = dataset.get("path")
         strategy.named_properties = NamedProperties(
             _mappings(dataset) or {},
             {key: dataset[key] for key in NAMES_OF_PROPERTIES if dataset.get(key)},
             prompter.field_messages,
+            {key: dataset[key] for key in NAMES_OF_COLUMNS if dataset.get(key)},
         )
         return strategy
 

@@ -84,6 +84,22 @@ def test_the_end_token_that_the_template_writes_is_learnt():
     assert cfg.resolution[0].key == "eot_tokens" and cfg.resolution[0].value == ["</s>", "<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("eos", "eot", "expected"),
+    [
+        (None, "turn", ["Yo<|end|>", "B<|end|>", "</s>"]),
+        ("all", "all", ["<|end|>", "Yo<|end|>", "<|end|>", "B<|end|>", "</s>"]),
+        ("last", "turn", ["Yo<|end|>", "B<|end|>", "</s>"]),
+        ("none", "turn", ["Yo<|end|>", "B<|end|>"]),
+        ("turn", "none", ["Yo", "B", "</s>"]),
+        ("none", "none", ["Yo", "B"]),
+    ],
+)
+def test_a_rule_for_end_of_turn_tokens_is_for_those_that_the_template_writes(eos, eot, expected):
+    strategy = strategy_of("phi_35", train_on_eos=eos, train_on_eot=eot)
+    assert learnt(strategy.tokenize_prompt({"messages": chat("Hi", "Yo", "A", "B")})) == expected
+
+
 def test_where_the_template_writes_eos_nothing_is_chosen():
     cfg = DictDefault(sequence_len=512)
     strategy = load(TOKENIZER, cfg, DictDefault(chat_template="mistral_v1"))
@@ -147,6 +163,12 @@ def test_roles():
         "assistant",
     ]
     assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Z"]
+    strategy = strategy_of(train_on_eos="none", roles={"assistant": "bot", "user": "human"})
+    assert [turn["role"] for turn in strategy.get_conversation_thread({"messages": messages})] == [
+        "user",
+        "gpt",
+        "assistant",
+    ]
 
 
 def test_train_on_inputs_learns_every_turn():
@@ -170,6 +192,20 @@ def test_other_names_of_fields():
     assert strategy_of().tokenize_prompt({"messages": json.dumps(chat("Hi", "Yo", system="S"))}) == expected
 
 
+def test_a_system_field_is_text_or_parts():
+    expected = strategy_of().tokenize_prompt({"messages": chat("Hi", "Yo", system="So be it.")})
+    parts = [{"type": "text", "text": "So "}, "be it."]
+    assert strategy_of().tokenize_prompt({"messages": chat("Hi", "Yo"), "system": parts}) == expected
+    for system, what in (
+        (3, "a number"),
+        ([{"type": "image"}], "a list"),
+        ([None], "a list"),
+        ({"text": "S"}, "a mapping"),
+    ):
+        with pytest.raises(DatasetError, match=f"The field `system` is {what}, but it must be text"):
+            strategy_of().tokenize_prompt({"messages": chat("Hi", "Yo"), "system": system})
+
+
 def test_drop_system_message():
     row = {"messages": chat("Hi", "Yo", system="S")}
     assert strategy_of(drop_system_message=True).tokenize_prompt(row) == strategy_of().tokenize_prompt(
@@ -187,6 +223,9 @@ def test_flags_of_messages_go_before_roles():
     ]
     strategy = strategy_of(message_field_training="learn", train_on_eos="turn")
     assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hi<|im_end|>", "Z<|im_end|>"]
+    messages[1]["learn"] = "false"
+    with pytest.raises(DatasetError, match="`learn` of a message is text, but it must be true or false"):
+        strategy.tokenize_prompt({"messages": messages})
 
 
 def test_details_of_messages_choose_characters():
@@ -205,6 +244,26 @@ def test_details_of_messages_choose_characters():
     assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["Hello,"]
 
 
+DETAIL = {"begin_offset": 0, "end_offset": 1, "train": True}
+
+
+@pytest.mark.parametrize(
+    ("details", "says"),
+    [
+        ("all", "`detail` of a message is text, but it must be a list"),
+        ([3], "`detail` of a message is a list that holds a number, but it must be a list of"),
+        ([{"begin_offset": 0, "end_offset": 1}], "`train` in `detail` of a message is null"),
+        ([{**DETAIL, "train": "no"}], "`train` in `detail` of a message is text"),
+        ([DETAIL, {**DETAIL, "begin_offset": "0"}], "`begin_offset` in `detail` of a message is text"),
+        ([{**DETAIL, "end_offset": -1}], "`end_offset` in `detail` of a message is -1"),
+    ],
+)
+def test_details_that_are_none(details, says):
+    messages = [{"role": "assistant", "content": "Yo", "detail": details}]
+    with pytest.raises(DatasetError, match=says):
+        strategy_of(message_field_training_detail="detail").tokenize_prompt({"messages": messages})
+
+
 def test_parts_of_content():
     parts = [
         {"type": "text", "text": "Hello,", "train": False},
@@ -218,6 +277,9 @@ def test_parts_of_content():
         tokenized["input_ids"] == strategy.tokenize_prompt({"messages": chat("Hi", "Hello, how are you?")})["input_ids"]
     )
     assert learnt(tokenized) == [" how are you?"]
+    parts[0]["train"] = "false"
+    with pytest.raises(DatasetError, match="`train` of a part is text, but it must be true or false"):
+        strategy.tokenize_prompt({"messages": messages})
 
 
 def test_reasoning_is_learnt_with_its_tags():
@@ -231,6 +293,35 @@ def test_reasoning_is_learnt_with_its_tags():
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "why": "because"}]
     assert learnt(named.tokenize_prompt({"messages": messages})) == [think]
     assert learnt(strategy_of("qwen3", train_on_eos="none").tokenize_prompt({"messages": chat("Hi", "Yo")})) == ["Yo"]
+
+
+def test_details_follow_the_reasoning_out_of_the_content():
+    strategy = strategy_of("qwen3", split_thinking=True, message_field_training_detail="detail", train_on_eos="none")
+    text = "<think> because of</think> So it is. "
+
+    def pieces(*wanted, content=text, earlier=False):
+        details = [
+            {"begin_offset": content.index(piece), "end_offset": content.index(piece) + len(piece) - 1, "train": train}
+            for piece, train in wanted
+        ]
+        answer = {"role": "assistant", "content": content, "detail": details}
+        messages = [{"role": "user", "content": "Hi"}, answer, *(chat("More", "") if earlier else ())]
+        return learnt(strategy.tokenize_prompt({"messages": messages}))
+
+    assert pieces(("because", True), (" of", False), ("it is", True)) == ["because", "it is"]
+    assert pieces((text, True)) == ["because of", "So it is. "]
+    assert pieces(("it is", True)) == ["it is"]
+    assert pieces(("of", True)) == ["of"]
+    assert pieces(("<think>", True)) == []
+    assert pieces(("because", False), ("it is", True), earlier=True) == ["it is"]
+    solution = "<|begin_of_thought|>hm<|end_of_thought|> <|begin_of_solution|> It is 4. <|end_of_solution|>"
+    assert pieces(("hm", False), ("It", True), content=solution) == ["It"]
+    parts = [
+        {"type": "text", "text": "<think>hm</think>", "train": False},
+        {"type": "text", "text": "4", "train": True},
+    ]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}]
+    assert learnt(strategy.tokenize_prompt({"messages": messages})) == ["4"]
 
 
 def test_reasoning_that_the_template_drops_from_earlier_turns():

@@ -59,13 +59,14 @@ class CompletionPromptTokenizingStrategy(InstructionPromptTokenizingStrategy):
         texts = [self._build_text(row) for row in rows]
         pieces: TokenizedRows = {"input_ids": [], "attention_mask": [], "labels": []}
         for tokenized in self._tokenize_many(texts):
-            if len(tokenized["input_ids"]) >= self.max_length:
+            if len(tokenized["input_ids"]) > self.max_length:
                 LOG.warning_once(
                     f"A text of a completion dataset is longer than {self.max_length} tokens; what follows is not "
                     "learnt. Split such texts into several rows."
                 )
             for key, values in tokenized.items():
-                pieces[key] += [values[i : i + self.sequence_len] for i in range(0, len(values), self.sequence_len)]
+                starts = range(0, min(len(values), self.max_length), self.sequence_len)
+                pieces[key] += [values[i : min(i + self.sequence_len, self.max_length)] for i in starts]
         return pieces
 
     def _tokenize_many(self, texts: list[str]) -> list[Tokenized]:

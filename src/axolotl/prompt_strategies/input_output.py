@@ -20,6 +20,7 @@ from axolotl.prompt_tokenizers import (
     split_rows,
 )
 from axolotl.prompters import Prompter
+from axolotl.utils.chat_templates.messages import read_flag
 
 
 class RawInputOutputPrompter(Prompter):
@@ -75,7 +76,7 @@ class RawInputOutputStrategy(PromptTokenizingStrategy):
         for number, (label, text) in enumerate(self.prompter.build_prompt(found)):
             if not isinstance(text, str):
                 raise DatasetError(f"`segments[{number}].text` is {type(text).__name__}, but it must be text.")
-            yield label, text
+            yield label is not None and read_flag(label, f"`segments[{number}].label`"), text
 
 
 def load(tokenizer, cfg) -> RawInputOutputStrategy:

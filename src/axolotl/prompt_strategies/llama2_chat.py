@@ -106,14 +106,9 @@ class LLama2ChatTokenizingStrategy(PromptTokenizingStrategy):
             )
 
     def tokenize_prompt(self, prompt: Mapping[str, Any]) -> Tokenized:
-        """Tokenize a row: the answers are learnt, each with its end of sequence."""
+        """Tokenize a row: the answers are learnt, each with its end of sequence; all of it with `train_on_inputs`."""
         pieces = list(next(self.prompter.build_prompt(prompt)).pieces())
-        encoded = self.tokenizer(
-            "".join(text for text, _ in pieces),
-            truncation=True,
-            max_length=self.sequence_len,
-            return_offsets_mapping=True,
-        )
+        encoded = self.tokenizer("".join(text for text, _ in pieces), return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
         starts, ends = zip(*encoded["offset_mapping"], strict=True)
         labels = [IGNORE_INDEX] * len(ids)
@@ -124,7 +119,9 @@ class LLama2ChatTokenizingStrategy(PromptTokenizingStrategy):
                 first, last = bisect_right(ends, position), bisect_left(starts, end)
                 labels[first:last] = ids[first:last]
             position += len(text)
-        padding = self.sequence_len - len(ids)
+        if self.train_on_inputs:
+            labels = list(ids)
+        padding = max(self.sequence_len - len(ids), 0)
         return {
             "input_ids": ids + [self.tokenizer.pad_token_id] * padding,
             "attention_mask": [1] * len(ids) + [0] * padding,

@@ -20,7 +20,8 @@ START = "\n<START>"
 class PygmalionPromptTokenizingStrategy(PromptTokenizingStrategy):
     """Tokenizing strategy for Pygmalion.
 
-    The persona keeps the BOS; each answer of the model is learnt with its EOS, without the prefix that announces it.
+    The persona keeps the BOS; each answer of the model is learnt with its EOS, without the prefix that announces it. With
+    `train_on_inputs` everything is.
     """
 
     def __init__(self, prompter, tokenizer, *args, **kwargs):
@@ -44,7 +45,8 @@ class PygmalionPromptTokenizingStrategy(PromptTokenizingStrategy):
             else:
                 raise DatasetError(f"A message has the role `{role}`, but it must be `system`, `human` or `bot`.")
             ids = list(part["input_ids"])
-            labels = ([IGNORE_INDEX] * learnt_from + ids[learnt_from:])[: len(ids)]
+            masked = 0 if self.train_on_inputs else learnt_from
+            labels = ([IGNORE_INDEX] * masked + ids[masked:])[: len(ids)]
             result, length = parse_tokenized_to_result(result, length, {"input_ids": ids}, labels)
         return result
 

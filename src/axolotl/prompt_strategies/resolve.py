@@ -92,7 +92,7 @@ def _function(strategy: str) -> Callable | None:
     name, path = (last, path) if path and last.startswith("load_") else ("load", strategy)
     if path in NOT_TYPES:
         return None
-    module = find_module(f"{PACKAGE}.{path}") or ("." in path and find_module(path)) or None
+    module = find_module(f"{PACKAGE}.{path}") or ("." in strategy and find_module(path)) or None
     if module is None:
         return None
     if not hasattr(module, name):

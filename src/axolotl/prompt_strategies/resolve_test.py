@@ -26,6 +26,7 @@ def user_package(tmp_path, monkeypatch):
         def load_two(tokenizer, cfg, ds_cfg): return ("two", ds_cfg["path"])
         """)
     )
+    (tmp_path / "mine_pkg_alone.py").write_text("def load_one(tokenizer, cfg): return 'one'")
     (tmp_path / "mine_pkg" / "broken.py").write_text("import no_such_module_anywhere\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "mine_pkg"
@@ -36,6 +37,7 @@ def user_package(tmp_path, monkeypatch):
 def test_a_module_of_the_user(user_package):
     assert load("mine_pkg.types", None, CFG, DictDefault(path="p")) == ("load", 32)
     assert load("mine_pkg.types.load_two", None, CFG, DictDefault(path="p")) == ("two", "p")
+    assert load("mine_pkg_alone.load_one", None, CFG) == "one"
     with pytest.raises(ConfigError, match=r"no function `load_three`.*`load_two`"):
         load("mine_pkg.types.load_three", None, CFG)
 

@@ -134,6 +134,27 @@ def test_user_defined_system_text(tiny_tokenizer):
     assert tokenized_text(tiny_tokenizer, type_, {**row, "system": "S"}) == "<s>[S] I -> |O</s>"
 
 
+@pytest.mark.parametrize(
+    ("type_", "row"),
+    [
+        ("reflection", {"instruction": "I", "output": "O", "reflection": "R", "corrected": "C " * 600}),
+        ({"format": "{input}", "no_input_format": ""}, {"instruction": "", "output": "O " * 600}),
+        ("metharme", {"prompt": "", "generation": "G " * 600}),
+        ("pygmalion", {"conversations": [{"role": "bot", "value": "B " * 600}]}),
+        ("llama2_chat", {"conversations": [{"from": "human", "value": "H"}, {"from": "gpt", "value": "B " * 600}]}),
+    ],
+)
+def test_a_row_that_is_too_long_is_seen_to_be(tiny_tokenizer, type_, row):
+    assert len(load(type_, tiny_tokenizer, DictDefault(sequence_len=512)).tokenize_prompt(row)["input_ids"]) > 512
+
+
+def test_a_text_of_completion_is_cut_after_its_last_piece(tiny_tokenizer, caplog):
+    strategy = load("completion", tiny_tokenizer, DictDefault(sequence_len=4), DictDefault(field="text"))
+    pieces = strategy.tokenize_prompt({"text": "a " * 600})["input_ids"]
+    assert [len(piece) for piece in pieces] == [4] * 64
+    assert "longer than 256 tokens" in caplog.text
+
+
 def test_completion_field(tiny_tokenizer):
     strategy = load("completion", tiny_tokenizer, DictDefault(sequence_len=512), DictDefault(field="body"))
     assert strategy.tokenize_prompt({"body": "Hello"})["input_ids"] == [tiny_tokenizer("Hello</s>")["input_ids"]]
@@ -147,6 +168,8 @@ def test_input_output_batches_equal_rows(tiny_tokenizer):
         assert {key: values[index] for key, values in batch.items()} == strategy.tokenize_prompt({"segments": row})
     with pytest.raises(DatasetError, match=r"`segments\[0\]\.text` is NoneType"):
         strategy.tokenize_prompt({"segments": [{"label": True, "text": None}]})
+    with pytest.raises(DatasetError, match=r"`segments\[1\]\.label` is text, but it must be true or false"):
+        strategy.tokenize_prompt({"segments": [{"label": True, "text": "a"}, {"label": "false", "text": "b"}]})
     for segments in ("text", ["text"]):
         with pytest.raises(DatasetError, match="`segments` must be a list of mappings"):
             strategy.tokenize_prompt({"segments": segments, "id": 1})
@@ -158,6 +181,9 @@ def test_pygmalion_learns_answers_without_their_prefix(tiny_tokenizer):
     row = strategy.tokenize_prompt({"conversations": [{"role": role, "value": value} for role, value in messages]})
     assert tiny_tokenizer.decode(row["input_ids"]) == "<s><|system|>Persona: P<|user|> Hi<|model|> Yo</s>"
     assert tiny_tokenizer.decode([label for label in row["labels"] if label != -100]) == " Yo</s>"
+    strategy = load("pygmalion", tiny_tokenizer, DictDefault(sequence_len=512, train_on_inputs=True))
+    row = strategy.tokenize_prompt({"conversations": [{"role": role, "value": value} for role, value in messages]})
+    assert row["labels"] == row["input_ids"]
 
 
 @pytest.mark.parametrize(("last_only", "expected"), [(False, [1, 0]), (True, [0])])
@@ -192,5 +218,8 @@ def test_llama2_chat(tiny_tokenizer):
         "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST] Yo </s><s>[INST] A [/INST] B </s><s>"
     )
     assert tiny_tokenizer.decode([label for label in row["labels"] if label != -100]).replace(" ", "") == "Yo</s>B</s>"
+    strategy = load("llama2_chat", tiny_tokenizer, DictDefault(sequence_len=16, train_on_inputs=True))
+    whole = strategy.tokenize_prompt({"conversations": [{"from": role, "value": value} for role, value in turns]})
+    assert whole["input_ids"] == whole["labels"] == row["input_ids"][:kept]
     with pytest.raises(DatasetError, match="must alternate"):
         strategy.tokenize_prompt({"conversations": [{"from": "gpt", "value": "Yo"}]})

@@ -11,6 +11,10 @@ from typing import Any
 from axolotl.exceptions import ConfigError
 from axolotl.prompt_strategies.alpaca_w_system import InstructionWSystemPromptTokenizingStrategy, SystemDataPrompter
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+from axolotl.utils.chat_templates.properties import NamedProperties
+
+NAMES_OF_COLUMNS = ("field_system", "field_input")
+"""Fields that rows may lack."""
 
 
 @dataclass
@@ -76,17 +80,22 @@ def load(
         raise ConfigError(
             "Missing dataset prompt configuration: `type:` must be a mapping, such as `field_output: answer`."
         )
-    config = ds_cfg if isinstance(ds_cfg, UserDefinedDatasetConfig) else _read(ds_cfg)
-    return UserDefinedPromptTokenizationStrategy(
+    written = {} if isinstance(ds_cfg, UserDefinedDatasetConfig) else _read(ds_cfg)
+    config = ds_cfg if isinstance(ds_cfg, UserDefinedDatasetConfig) else UserDefinedDatasetConfig(**written)
+    strategy = UserDefinedPromptTokenizationStrategy(
         UserDefinedPrompter(config), tokenizer, cfg.train_on_inputs, cfg.sequence_len
     )
+    strategy.named_properties = NamedProperties(
+        columns={key: written[key] for key in NAMES_OF_COLUMNS if key in written}
+    )
+    return strategy
 
 
-def _read(mapping: Mapping[str, Any]) -> UserDefinedDatasetConfig:
+def _read(mapping: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(mapping.get("type"), Mapping):
         mapping = mapping["type"]
     known = {field.name for field in dataclasses.fields(UserDefinedDatasetConfig)}
-    return UserDefinedDatasetConfig(**{key: mapping[key] for key in known if mapping.get(key) is not None})
+    return {key: mapping[key] for key in known if mapping.get(key) is not None}
 
 
 def _check_format(key: str, text: str, fields: set[str]) -> None:

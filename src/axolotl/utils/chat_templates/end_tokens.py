@@ -18,19 +18,22 @@ END_TOKEN_REACH = 3
 """An end token at most this many tokens after a turn belongs to it."""
 
 
-def end_tokens_of(tokenizer: PreTrainedTokenizerBase, renders: Iterable[Render], cfg: DictDefault) -> list[str] | None:
+def end_tokens_of(
+    tokenizer: PreTrainedTokenizerBase, renders: Iterable[Render], cfg: DictDefault, *, with_eos: bool = True
+) -> list[str] | None:
     """EOS, and the tokens that templates write after an assistant turn where those are others; None when none is.
 
     Args:
         tokenizer: the tokenizer that reads what is rendered.
         renders: one for each template.
         cfg: where the choice is noted.
+        with_eos: EOS is one of them; it is not where it follows a rule of its own.
     """
     found = dict.fromkeys(token for render in renders if (token := _token_after_answer(tokenizer, render)))
     others = [token for token in found if token != tokenizer.eos_token]
     if not others:
         return None
-    tokens = [*([tokenizer.eos_token] if tokenizer.eos_token else []), *others]
+    tokens = [*([tokenizer.eos_token] if with_eos and tokenizer.eos_token else []), *others]
     written = " or ".join(others)
     note_choice(cfg, "eot_tokens", tokens, f"the chat template ends assistant turns with {written}, not only with EOS")
     return tokens

@@ -140,7 +140,7 @@ class TurnLabels:
             if not isinstance(value, str) or not value:
                 continue
             place, written = _written(value, text, begin, span)
-            if place == -1 and details:
+            if place == -1 and any(detail["train"] for detail in details):
                 raise DatasetError(
                     f"The template changes the `{key}` of a {turn['role']} message, so the characters that its training "
                     "details name cannot be found in the text. Use a template that writes it as it is."

@@ -41,7 +41,15 @@ _THINKING_TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 _SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
-_WORDS = {type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", dict: "a mapping"}
+_WORDS = {
+    type(None): "null",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    dict: "a mapping",
+    list: "a list",
+}
 _PART_TEXT_KEYS = ("text", "content", "value")
 _PART_TRAIN_KEYS = ("train", "weight")
 
@@ -150,17 +158,23 @@ def join_parts(parts: list[dict[str, Any]], default_train: bool) -> tuple[str, l
     Returns:
         The text, and details as in `message_field_training_detail` (None when no part has a flag). None when a part is
         no text (an image, say).
+
+    Raises:
+        DatasetError: a flag is neither true nor false, nor a number.
     """
     texts: list[str] = []
     flags: list[bool | None] = []
     for part in parts:
         if isinstance(part, str):
             part = {"text": part}
+        if not isinstance(part, Mapping):
+            return None
         text = next((part[key] for key in _PART_TEXT_KEYS if isinstance(part.get(key), str)), None)
         if text is None or part.get("type", "text") != "text":
             return None
         texts.append(text)
-        flags.append(next((bool(part[key]) for key in _PART_TRAIN_KEYS if part.get(key) is not None), None))
+        said = ((key, part[key]) for key in _PART_TRAIN_KEYS if part.get(key) is not None)
+        flags.append(next((read_flag(value, f"`{key}` of a part") for key, value in said), None))
     if all(flag is None for flag in flags):
         return "".join(texts), None
     details, begin = [], 0
@@ -172,8 +186,36 @@ def join_parts(parts: list[dict[str, Any]], default_train: bool) -> tuple[str, l
     return "".join(texts), details
 
 
+def read_flag(value: Any, what: str) -> bool:
+    """Whether something is learnt: true or false, or a number.
+
+    Raises:
+        DatasetError: it is something else. The text "false" would be true.
+    """
+    if isinstance(value, (bool, int, float)):
+        return bool(value)
+    raise DatasetError(f"{what} is {describe_value(value)}, but it must be true or false, without quotes.")
+
+
+def read_details(value: Any, what: str) -> list[dict[str, Any]]:
+    """Which characters of a content are learnt: `{begin_offset, end_offset, train}`, the last character included.
+
+    Raises:
+        DatasetError: they are something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(detail, Mapping) for detail in value):
+        raise DatasetError(f"{what} is {_kind(value)}, but it must be a list of `{{begin_offset, end_offset, train}}`.")
+    for detail in value:
+        for key in ("begin_offset", "end_offset"):
+            offset = detail.get(key)
+            if type(offset) is not int or offset < 0:
+                shown = offset if type(offset) is int else describe_value(offset)
+                raise DatasetError(f"`{key}` in {what} is {shown}, but it must be a whole number of at least 0.")
+    return [{**detail, "train": read_flag(detail.get("train"), f"`train` in {what}")} for detail in value]
+
+
 def split_thinking(turn: Turn, thinking_key: str) -> None:
-    """Move the reasoning that the content holds between tags to its own key."""
+    """Move the reasoning that the content holds between tags to its own key, and the details of its characters with it."""
     content = turn.get("content")
     if not isinstance(content, str) or turn.get(thinking_key):
         return
@@ -181,13 +223,39 @@ def split_thinking(turn: Turn, thinking_key: str) -> None:
         start, end = content.find(opening), content.find(closing)
         if start == -1 or end < start:
             continue
-        turn[thinking_key] = content[start + len(opening) : end].strip()
-        rest = content[end + len(closing) :].lstrip()
+        thinking = _stripped(content, start + len(opening), end)
+        rest = _stripped(content, end + len(closing), len(content), right=False)
         opening, closing = _SOLUTION_TAGS
-        if opening in rest and closing in rest:
-            rest = rest[rest.find(opening) + len(opening) : rest.find(closing)].strip()
-        turn["content"] = rest
+        start, end = content.find(opening, *rest), content.find(closing, *rest)
+        if -1 not in (start, end):
+            rest = _stripped(content, start + len(opening), end)
+        turn[thinking_key], turn["content"] = content[slice(*thinking)], content[slice(*rest)]
+        details = turn.pop(TRAINING_DETAIL, None)
+        if details:
+            turn[THINKING_DETAIL] = _details_within(details, *thinking)
+            turn[TRAINING_DETAIL] = _details_within(details, *rest)
         return
+
+
+def _stripped(text: str, begin: int, end: int, right: bool = True) -> tuple[int, int]:
+    """Where a part of a text stands without the blanks at its left, and at its right."""
+    part = text[begin:end].lstrip()
+    begin = max(begin, end) - len(part)
+    return begin, begin + len(part.rstrip() if right else part)
+
+
+def _details_within(details: Iterable[Mapping[str, Any]], begin: int, end: int) -> list[dict[str, Any]]:
+    """Details of a part of a content, which begins at character `begin`; one that learns nothing where none reach into it."""
+    clipped = [
+        {
+            **detail,
+            "begin_offset": max(detail["begin_offset"], begin) - begin,
+            "end_offset": min(detail["end_offset"], end - 1) - begin,
+        }
+        for detail in details
+    ]
+    reaching = [detail for detail in clipped if detail["begin_offset"] <= detail["end_offset"]]
+    return reaching or [{"begin_offset": 0, "end_offset": end - begin - 1, "train": False}]
 
 
 def for_template(turns: Iterable[Turn]) -> list[Turn]:

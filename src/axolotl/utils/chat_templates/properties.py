@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,13 @@ class NamedProperties:
         mapped: `message_property_mappings` as it was written: key of the template -> property.
         others: further keys of the dataset that name a property -> property. Without it everything is as if the key were not there.
         field_messages: column of the messages.
+        columns: keys of the dataset that name a column which rows may lack -> column.
     """
 
     mapped: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     field_messages: str = "messages"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, dataset: Dataset) -> None:
         """Look through the messages of all rows, as Arrow keeps them, until each property was found.
@@ -50,6 +52,9 @@ class NamedProperties:
         Raises:
             DatasetError: `message_property_mappings` names a property that no message has.
         """
+        for key, name in self.columns.items():
+            if name not in dataset.column_names:
+                LOG.warning(_no_column(key, name, dataset.column_names))
         if self.field_messages not in dataset.column_names or not len(dataset):
             return
         chunks = dataset.data.column(self.field_messages).chunks
@@ -75,6 +80,12 @@ class NamedProperties:
             rows: the first rows.
             name: the dataset, for messages.
         """
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        for key, wanted in self.columns.items():
+            if columns and wanted not in columns:
+                LOG.warning(
+                    f"dataset {name}: {_no_column(key, wanted, columns)} These are the first {len(rows)} rows of the stream; it goes on."
+                )
         found = set(_properties_of(rows, self.field_messages))
         written = {f"message_property_mappings: {{{key}: {value}}}": value for key, value in self.mapped.items()}
         written |= {f"{key}: {value}": value for key, value in self.others.items()}
@@ -94,6 +105,13 @@ class NamedProperties:
             f"no message has the property `{name}`.{hint} Those in `{self.field_messages}` have "
             f"{', '.join(f'`{one}`' for one in known) or 'none'}; the columns are {columns}. Correct the name, or remove the key."
         )
+
+
+def _no_column(key: str, name: str, columns: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, columns, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    known = ", ".join(f"`{column}`" for column in columns)
+    return f"`{key}: {name}`: the rows have no field `{name}`.{hint} They have {known}. Correct the name, or remove the key."
 
 
 def _properties_of(rows: Iterable[Mapping[str, Any]], field_messages: str) -> Iterator[str]:

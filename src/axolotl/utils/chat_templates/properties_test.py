@@ -80,15 +80,37 @@ def test_a_property_under_its_own_name_is_warned_of(caplog):
         NamedProperties({"content": "content"}).check(Dataset.from_dict({"messages": [[{"role": "user"}]]}))
 
 
+def test_columns_that_no_row_has(caplog):
+    rows = Dataset.from_list([{**ROWS[0], "system": None}])
+    NamedProperties(columns={"field_system": "system", "field_tools": "tools"}).check(rows)
+    assert "`field_tools: tools`: the rows have no field `tools`" in caplog.text
+    assert "field_system" not in caplog.text
+    NamedProperties(columns={"field_system": "sytem"}).check(rows)
+    said = (
+        "`field_system: sytem`: the rows have no field `sytem`. Did you mean `system`? They have `messages`, `system`."
+    )
+    assert said in caplog.text
+
+
 def strategy_of(tokenizer, **entry):
     return load("chat_template", tokenizer, DictDefault(sequence_len=256), DictDefault(type="chat_template", **entry))
 
 
-def test_a_strategy_looks_before_it_tokenizes(tokenizer):
+def test_a_strategy_looks_before_it_tokenizes(tokenizer, caplog):
     entry = {"message_property_mappings": {"role": "from"}}
     with pytest.raises(DatasetError, match=r"\{role: from\}`: no message has the property `from`"):
         TokenizedPromptDataset(strategy_of(tokenizer, **entry), Dataset.from_list(ROWS))
     assert len(TokenizedPromptDataset(strategy_of(tokenizer), Dataset.from_list(ROWS))) == 3
+    for entry, rows in (
+        ({"field_tools": "toolz"}, ROWS),
+        ({"type": {"field_input": "in"}}, [{"instruction": "I", "output": "O"}]),
+    ):
+        strategy = load(
+            entry.get("type", "chat_template"), tokenizer, DictDefault(sequence_len=256), DictDefault(entry)
+        )
+        TokenizedPromptDataset(strategy, Dataset.from_list(rows))
+    assert "`field_tools: toolz`: the rows have no field" in caplog.text
+    assert "`field_input: in`: the rows have no field" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -97,6 +119,8 @@ def test_the_dataset_is_named(tokenizer, tmp_path, caplog, streaming):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     mappings = {"role": "role", "content": "content", "reasoning_content": "thoughts"}
     entry = {"path": str(path), "type": "chat_template", "message_property_mappings": mappings}
+    if streaming:
+        entry["field_system"] = "sys"
     cfg = DictDefault(
         datasets=[entry],
         dataset_prepared_path=str(tmp_path / "prepared"),
@@ -112,6 +136,7 @@ def test_the_dataset_is_named(tokenizer, tmp_path, caplog, streaming):
         next(iter(prepare(cfg, tokenizer).train))
         said = caplog.text
         assert "These are the first 3 rows of the stream" in said
+        assert f"dataset `path: {path}` `type: chat_template`: `field_system: sys`: the rows have no field" in said
     else:
         with pytest.raises(DatasetError) as error_info:
             prepare(cfg, tokenizer)

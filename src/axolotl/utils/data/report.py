@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ def summarize(dataset: Dataset, entries: list[dict[str, Any]]) -> dict[str, Any]
     """
     lengths = get_dataset_lengths(dataset)
     trained = int(count_trained_tokens(dataset).sum()) if "labels" in dataset.column_names else None
-    counts, borders = np.histogram(lengths, bins=NUM_BARS) if len(lengths) else (np.zeros(0, int), np.zeros(0))
     return {
         "rows": len(dataset),
         "tokens": int(lengths.sum()),
@@ -39,9 +39,19 @@ def summarize(dataset: Dataset, entries: list[dict[str, Any]]) -> dict[str, Any]
             "mean": float(lengths.mean()) if len(lengths) else 0.0,
             "longest": int(lengths.max(initial=0)),
         },
-        "histogram": {"counts": counts.tolist(), "borders": borders.round(1).tolist()},
+        "histogram": histogram(lengths),
         "datasets": entries,
     }
+
+
+def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """How many of the lengths (int, any number of them) fall between neighbouring `borders`, of which the right one is not included."""
+    if not len(lengths):
+        return {"counts": [], "borders": []}
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = math.ceil((longest - shortest + 1) / NUM_BARS)
+    counts = np.bincount((lengths - shortest) // width)
+    return {"counts": counts.tolist(), "borders": [shortest + width * bar for bar in range(len(counts) + 1)]}
 
 
 def log_report(report: dict[str, Any]) -> None:
@@ -112,8 +122,8 @@ def bars(report: dict[str, Any]) -> list[tuple[str, int, float]]:
     """The length histogram, as (range, rows, share of the tallest bar)."""
     counts, borders = report["histogram"]["counts"], report["histogram"]["borders"]
     tallest = max(counts, default=0) or 1
-    ranges = itertools.pairwise(borders)
-    return [(f"{a:,.0f} to {b:,.0f}", count, count / tallest) for (a, b), count in zip(ranges, counts, strict=True)]
+    ranges = [f"{a:,} to {b - 1:,}" if b - a > 1 else f"{a:,}" for a, b in itertools.pairwise(borders)]
+    return [(label, count, count / tallest) for label, count in zip(ranges, counts, strict=True)]
 
 
 def write_html_report(path: Path, report: dict[str, Any], examples: Dataset, tokenizer: Any) -> None:

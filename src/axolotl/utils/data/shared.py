@@ -174,6 +174,10 @@ def _open(
                 LOG.warning_once(
                     f"`{key}: {config[key]}` of dataset `path: {path}` has no effect: it is for datasets of the hub."
                 )
+        if config.data_files and os.path.isfile(os.path.expanduser(path)):
+            LOG.warning_once(
+                f"`data_files: {config.data_files}` of dataset `path: {path}` has no effect: the path is a file. Write its folder as `path`."
+            )
         if files.names_reader(config):
             config = DictDefault({**config, "ds_type": path})
         return files.open_files(named, config, common)
@@ -260,6 +264,10 @@ def take_shard(dataset: Dataset, config: DictDefault, seed: int) -> Dataset:
     `preprocess_shards` cuts in order instead: its pieces are put together again.
     """
     if not config.shards:
+        if config.shards_idx is not None:
+            LOG.warning_once(
+                f"all rows of dataset `path: {config.path}` are used: `shards_idx: {config.shards_idx}` chooses a part only with `shards`"
+            )
         return dataset
     index = int(config.shards_idx or 0)
     if not 0 <= index < config.shards:

@@ -80,7 +80,7 @@ def test_slices(tmp_path, name, split, first, count):
     assert rows["instruction"][:] == [f"ask {n}" for n in range(first, first + count)]
 
 
-def test_folder_of_files_and_data_files(tmp_path):
+def test_folder_of_files_and_data_files(tmp_path, caplog):
     write_jsonl(tmp_path / "a.jsonl", ROWS[:5])
     write_jsonl(tmp_path / "b.jsonl", ROWS[5:])
     assert len(load(tmp_path)) == 20
@@ -89,6 +89,9 @@ def test_folder_of_files_and_data_files(tmp_path):
     assert len(load(tmp_path, data_files="*.jsonl")) == 20
     with pytest.raises(DatasetError, match=r"c\.jsonl does not exist"):
         load(tmp_path, data_files="c.jsonl")
+    assert "data_files" not in caplog.text
+    assert len(load(tmp_path / "a.jsonl", data_files="b.jsonl")) == 5
+    assert "`data_files: b.jsonl` of dataset" in caplog.text and "the path is a file" in caplog.text
 
 
 def test_a_reader_with_local_data_files(tmp_path):
@@ -192,7 +195,7 @@ def test_broken_files_are_named(tmp_path):
         load(tmp_path / "a.csv")
 
 
-def test_shards_and_preprocess_shards(tmp_path):
+def test_shards_and_preprocess_shards(tmp_path, caplog):
     rows = load(write_jsonl(tmp_path / "a.jsonl"))
     shards = [take_shard(rows, DictDefault(path="a", shards=3, shards_idx=index), seed=1) for index in range(3)]
     assert sorted(text for shard in shards for text in shard["instruction"]) == sorted(rows["instruction"])
@@ -201,6 +204,9 @@ def test_shards_and_preprocess_shards(tmp_path):
     pieces = list(datasets_with_name_generator([DictDefault(path="a", preprocess_shards=3)]))
     together = [text for piece in pieces for text in take_shard(rows, piece, seed=1)["instruction"]]
     assert together == rows["instruction"][:]
+    assert "all rows" not in caplog.text
+    assert take_shard(rows, DictDefault(path="a", shards_idx=1), seed=1) is rows
+    assert "all rows of dataset `path: a` are used: `shards_idx: 1` chooses a part only with `shards`" in caplog.text
 
 
 def test_code_of_the_users_counts_and_that_of_libraries_does_not_wherever_they_lie(tmp_path, monkeypatch):

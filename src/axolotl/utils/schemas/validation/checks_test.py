@@ -266,6 +266,8 @@ WARNED = [
     (attention.sdpa_varlen_is_for_packing, {"sdpa_varlen": True, "sample_packing": True, **OLD_TORCH}, "torch >= 2.10", {"sdpa_varlen": True, "sample_packing": True, **NEW_TORCH}),
     (attention.sage_attention_needs_padding_an_adapter_and_a_gpu_it_was_built_for, {"attn_implementation": "sage", "sample_packing": True}, "drop the loss to 0", {"attn_implementation": "sage", "sample_packing": True, **LORA}),
     (attention.packing_on_sdpa_in_bf16_is_risky_before_hopper, {"sample_packing": True, "attn_implementation": "sdpa", "bf16": True, **V100}, "0.0 loss", {"sample_packing": True, "attn_implementation": "sdpa", "bf16": True, **H100}),
+    (datasets.a_key_of_a_dataset_is_for_its_type, {"datasets": [{"path": "x", "type": "completion", "field_messages": "body"}]}, "does not read `field_messages`. Write `field`", {"datasets": [{"path": "x", "type": "completion", "field": "body"}]}),
+    (datasets.a_key_of_a_dataset_is_for_its_type, {"datasets": [{**CHAT, "type": {"format": "{instruction}"}, "roles_to_train": [], "field": "x"}]}, "`type: user_defined` of dataset `a.jsonl` does not read `roles_to_train`, `field`", {"datasets": [{**CHAT, "roles_to_train": ["user"]}]}),
     (datasets.split_chooses_the_part_of_a_dataset, {"datasets": [{**CHAT, "train_on_split": "x"}]}, "Write `split: x`", {"datasets": [{**CHAT, "split": "x"}]}),
     (datasets.a_benchmark_alone_evaluates_on_an_empty_set, {"do_bench_eval": True}, "evaluation dataset", {"do_bench_eval": True, "val_set_size": 0.1}),
     (datasets.pretraining_data_should_say_that_it_streams, {"pretraining_dataset": [CHAT]}, "streaming: true", {"pretraining_dataset": [CHAT], "streaming": True}),

@@ -18,6 +18,26 @@ DATASET_LISTS = ("datasets", "test_datasets")
 # Most uses of a row per epoch.
 MOST_TIMES = 1000
 
+# Keys of a dataset that say how `type: chat_template` reads and learns conversations.
+CONVERSATION_KEYS = (
+    "chat_template",
+    "chat_template_jinja",
+    "field_messages",
+    "field_system",
+    "field_tools",
+    "field_thinking",
+    "template_thinking_key",
+    "message_property_mappings",
+    "message_field_training",
+    "message_field_training_detail",
+    "roles",
+    "roles_to_train",
+    "train_on_eos",
+    "train_on_eot",
+    "split_thinking",
+    "drop_system_message",
+)
+
 # A choice made for more entries than this names the first and the last.
 MANY_POSITIONS = 5
 
@@ -104,6 +124,22 @@ def split_chooses_the_part_of_a_dataset(cfg: DictDefault) -> None:
                 dataset.path,
                 dataset.train_on_split,
             )
+
+
+def a_key_of_a_dataset_is_for_its_type(cfg: DictDefault) -> None:
+    """Types of single prompts and texts read none of the keys of conversations. What types with a path read is theirs to know."""
+    if cfg.rl or cfg.reward_model or cfg.process_reward_model:
+        return
+    for dataset in datasets_of(cfg):
+        kind = dataset.type if isinstance(dataset.type, str) else "user_defined" if dataset.type else ""
+        if not kind or "." in kind:
+            continue
+        reads_text = kind in ("completion", "pretrain")
+        unread = [*(() if kind == "chat_template" else CONVERSATION_KEYS), *(() if reads_text else ("field",))]
+        found = [f"`{key}`" for key in unread if dataset[key] not in (None, False)]
+        if found:
+            hint = " Write `field` for the column of the text." if reads_text else ""
+            LOG.warning("`type: %s` of dataset `%s` does not read %s.%s", kind, dataset.path, ", ".join(found), hint)
 
 
 def pushing_a_dataset_needs_a_login(cfg: DictDefault) -> None:
@@ -274,6 +310,7 @@ CHECKS = (
     jinja_needs_a_template_text,
     a_chat_dataset_renders_with_the_tokenizers_template,
     split_chooses_the_part_of_a_dataset,
+    a_key_of_a_dataset_is_for_its_type,
     pushing_a_dataset_needs_a_login,
     one_thing_makes_the_evaluation_set,
     a_benchmark_alone_evaluates_on_an_empty_set,
