@@ -296,7 +296,7 @@ def test_rows_that_arrow_would_not_take(tmp_path):
         ("a.zip", b"PK nothing", ("cannot be unpacked",)),
         ("a.tar.gz", b"nothing", ("cannot be unpacked",)),
         ("b.zip", zipped(picture_png=b"x"), ("holds no files of rows",)),
-        ("a.jsonl.gz", b"nothing", ("cannot be read",)),
+        ("a.jsonl.gz", b"nothing", ("cannot be decompressed", "not what its name says")),
         ("a.jsonl", b"", ("is empty",)),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', ("line 2",)),
     ],

@@ -7,6 +7,7 @@ the file for the end of the data.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import importlib.util
 import io
 import lzma
@@ -28,8 +29,8 @@ NEED_PACKAGE = {".zst": "zstandard", ".lz4": "lz4"}
 EXTENSIONS = {"gzip": "gz", "bz2": "bz2", "xz": "xz", "zstd": "zst", "lz4": "lz4"}
 """Name of a compression in fsspec -> extension of its files."""
 
-DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
-"""What the decompressors raise for a damaged file, besides OSError."""
+DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What the decompressors raise for a damaged file, besides a plain OSError."""
 
 HAS_ZSTANDARD = importlib.util.find_spec("zstandard") is not None
 

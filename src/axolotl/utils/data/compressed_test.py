@@ -89,6 +89,12 @@ def test_a_file_cut_short_is_named(place, tmp_path, kind, extension, streaming):
     assert "cut short" in str(error_info.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_a_file_that_is_not_what_its_name_says_is_named(place, tmp_path, streaming):
+    with pytest.raises(DatasetError, match=r"train\.jsonl\.gz cannot be decompressed: .*not what its name says"):
+        read(place({"train.jsonl.gz": content("jsonl")}), streaming, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("extension", PACK)
 def test_files_are_read_as_they_were_before(tmp_path, extension):
     file = tmp_path / f"a.{extension}"
